@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
 CHECKED := src tests $(wildcard benchmarks scripts)
 
 # Two threads suit small machines and keep runs comparable; nothing here may reach a model hub.
@@ -28,8 +28,8 @@ check: $(DEV)  ## format, lint, types, architecture, docs: what must pass before
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy $(CHECKED)
-	$(BIN)/lint-imports
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/lint-imports --no-logo
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(DEV)  ## format the code and fix what the linter can fix
 	$(BIN)/ruff format .
@@ -42,7 +42,7 @@ bench-quick: $(DEV)  ## the ratios that matter, in under six minutes on two core
 	$(BIN)/python -m benchmarks.run --quick $(ARGS)
 
 docs: $(DEV)  ## build the documentation into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 proto: $(DEV)  ## regenerate the protobuf module from src/fedsea/wire/trunk.proto
 	$(BIN)/python -m grpc_tools.protoc -I src --python_out=src --pyi_out=src src/fedsea/wire/trunk.proto
