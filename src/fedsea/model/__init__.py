@@ -1,0 +1,1 @@
+"""Spans of transformer blocks: loading, cutting, the KV cache and the fast linears."""

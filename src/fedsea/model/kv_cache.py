@@ -1,0 +1,50 @@
+"""The tensors behind the KV pool: one row per token, one pair of stores per block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsea.model.kv_pool import PageCopy
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """Size of one row in one block: key-value heads, key head size, value head size."""
+
+    heads: int
+    key_size: int
+    value_size: int
+
+    def row_elements(self) -> int:
+        """Numbers in one row of keys and values together."""
+        return self.heads * (self.key_size + self.value_size)
+
+
+class KVCache:
+    """Keys and values of a span: `keys[i]` and `values[i]` are (rows, heads, head size).
+
+    Memory is taken from the system as rows are first written.
+    """
+
+    def __init__(
+        self, shapes: Sequence[KVShape], num_rows: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.num_rows = num_rows
+        self.keys: list[Tensor] = [
+            torch.empty(num_rows, shape.heads, shape.key_size, dtype=dtype, device=device)
+            for shape in shapes
+        ]
+        self.values: list[Tensor] = [
+            torch.empty(num_rows, shape.heads, shape.value_size, dtype=dtype, device=device)
+            for shape in shapes
+        ]
+
+    def copy_page(self, copy: PageCopy, page_rows: int) -> None:
+        """Copy the first rows of one page to another."""
+        source, target = copy.source * page_rows, copy.target * page_rows
+        for store in (*self.keys, *self.values):
+            store[target : target + copy.rows] = store[source : source + copy.rows]
