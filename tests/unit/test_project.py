@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import ModuleType
 
@@ -68,6 +70,20 @@ def root_imports(tree: ast.AST) -> list[int]:
             case _:
                 pass
     return lines
+
+
+def third_party_imports(tree: ast.AST) -> set[str]:
+    """Top-level packages that this code imports and that neither Python nor we provide."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=imported):
+                names |= {name.name for name in imported}
+            case ast.ImportFrom(module=str(module), level=0):
+                names.add(module)
+            case _:
+                pass
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"fedsea"}
 
 
 def _is_submodule(name: str) -> bool:
@@ -177,6 +193,23 @@ def test_every_requirement_is_pinned_inside_its_range(project, pins):
 
     for requirement in requirements:
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement.name
+
+
+def test_every_import_is_a_declared_requirement(project):
+    """The package imports nothing that only some other requirement happens to bring."""
+    declared = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
+    owners = packages_distributions()
+    imported = {
+        name
+        for path in MODULES
+        for name in third_party_imports(ast.parse(path.read_text(encoding="utf-8")))
+    }
+
+    assert {
+        name
+        for name in imported
+        if not declared & {canonicalize_name(owner) for owner in owners.get(name, [])}
+    } == set()
 
 
 @pytest.mark.parametrize(
