@@ -1,0 +1,277 @@
+"""The gRPC client: one channel to one server, over TLS 1.3 with a client certificate.
+
+Every error of gRPC becomes one of ours at one seam, `_error_of_status`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import grpc
+from grpc import aio
+
+from fedsea.errors import (
+    ConfigError,
+    ConnectionLost,
+    DeadlineExceeded,
+    FedseaError,
+    LocalProtocolError,
+    RemoteProtocolError,
+    SecurityError,
+    Unauthenticated,
+    Unreachable,
+)
+from fedsea.transport.address import Address, parse_address
+from fedsea.transport.base import MAX_MESSAGE_BYTES, Channel, ClientStream, check_size
+from fedsea.transport.credentials import (
+    ClientTLS,
+    Plaintext,
+    load_client,
+    require_plaintext_allowed,
+)
+from fedsea.transport.endings import Ending, error_of, one_line, read_metadata
+from fedsea.transport.handshake import accepts_tls12, diagnose
+from fedsea.transport.runtime import tls13_enforced
+from fedsea.transport.tokens import token_metadata
+
+DESCRIBE = "/fedsea.v1.Trunk/Describe"
+SESSION = "/fedsea.v1.Trunk/Session"
+
+CANCELLED_MESSAGE = "the stream was cancelled: open a new one"
+
+_Call: TypeAlias = "aio.StreamStreamCall[bytes, bytes]"
+_Unary: TypeAlias = "aio.UnaryUnaryMultiCallable[bytes, bytes]"
+_Stream: TypeAlias = "aio.StreamStreamMultiCallable[bytes, bytes]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientOptions:
+    """Limits of a gRPC channel; times in seconds.
+
+    `connect_timeout` bounds connecting, handshake included. `describe_timeout` bounds the answer to
+    `describe`. A silent connection is probed every `keepalive` and dropped after
+    `keepalive_timeout`; servers refuse probes more often than every 5 s.
+    """
+
+    max_message_bytes: int = MAX_MESSAGE_BYTES
+    connect_timeout: float = 10.0
+    describe_timeout: float = 10.0
+    keepalive: float = 15.0
+    keepalive_timeout: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ClientOptions.__slots__:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive: it is {getattr(self, name)}")
+
+
+class GrpcChannel(Channel):
+    """A channel to the server at `address` (host:port).
+
+    Raises ConfigError and CertificateError for settings and files that cannot work, before
+    anything connects.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        credentials: ClientTLS | Plaintext,
+        *,
+        options: ClientOptions | None = None,
+    ) -> None:
+        self._address = parse_address(address)
+        self._options = options or ClientOptions()
+        self._tls = credentials if isinstance(credentials, ClientTLS) else None
+        self._credentials = _channel_credentials(credentials, self._address)
+        self._arguments = _channel_arguments(self._options, self._tls)
+        self._metadata = aio.Metadata(*token_metadata(credentials.token))
+        self._channel: aio.Channel | None = None
+
+    async def describe(self) -> bytes:
+        channel = await self._connected()
+        method: _Unary = channel.unary_unary(DESCRIBE)
+        try:
+            return await method(
+                b"", metadata=self._metadata, timeout=self._options.describe_timeout
+            )
+        except aio.AioRpcError as error:
+            raise _error_of_rpc(error) from None
+
+    async def open_stream(self) -> ClientStream:
+        channel = await self._connected()
+        method: _Stream = channel.stream_stream(SESSION)
+        call = method(metadata=self._metadata)
+        try:
+            await call.wait_for_connection()
+        except aio.AioRpcError as error:
+            raise _error_of_rpc(error) from None
+        return _GrpcClientStream(call, self._options.max_message_bytes)
+
+    async def close(self) -> None:
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            await channel.close()
+
+    async def _connected(self) -> aio.Channel:
+        """The channel, ready for calls; raises what `open_stream` promises."""
+        channel = self._channel or await self._create()
+        self._channel = channel
+        try:
+            async with asyncio.timeout(self._options.connect_timeout):
+                ready = await _becomes_ready(channel)
+        except TimeoutError:
+            ready = False
+        if not ready:
+            await self.close()
+            raise await self._why_not_connected()
+        return channel
+
+    async def _create(self) -> aio.Channel:
+        if self._credentials is None:
+            return aio.insecure_channel(str(self._address), options=self._arguments)
+        if not tls13_enforced():
+            await self._require_tls13()
+        return aio.secure_channel(str(self._address), self._credentials, options=self._arguments)
+
+    async def _require_tls13(self) -> None:
+        timeout = self._options.connect_timeout
+        if await asyncio.to_thread(accepts_tls12, self._address, timeout):
+            raise SecurityError(
+                f"{self._address} accepts TLS 1.2, and so does this process because gRPC was "
+                "imported before fedsea: import fedsea.transport first"
+            )
+
+    async def _why_not_connected(self) -> FedseaError:
+        timeout = self._options.connect_timeout
+        found = await asyncio.to_thread(diagnose, self._address, self._tls, timeout)
+        return found or Unreachable(
+            f"{self._address} did not answer as a fedsea server: check the port and try again"
+        )
+
+
+class _GrpcClientStream(ClientStream):
+    def __init__(self, call: _Call, max_message_bytes: int) -> None:
+        self._call = call
+        # The public `write` replaces the server's status by "Internal error from Core" when the
+        # server ends the stream during a write; the layer below leaves the status alone.
+        self._write: Callable[[bytes], Awaitable[None]] = call._cython_call.send_serialized_message  # type: ignore[attr-defined]
+        self._max_message_bytes = max_message_bytes
+        self._half_closed = False
+        self._sending = asyncio.Lock()
+
+    async def send(self, data: bytes) -> None:
+        check_size(data, self._max_message_bytes)
+        if self._half_closed:
+            raise LocalProtocolError("this side has finished sending: open a new stream")
+        if self._call.done():
+            raise await self._ended()
+        try:
+            async with self._sending:
+                await self._write(data)
+        except aio.InternalError:
+            raise await self._ended() from None
+        except asyncio.CancelledError:
+            self._call.cancel()
+            raise
+
+    async def receive(self) -> bytes | None:
+        try:
+            data = await self._call.read()
+        except aio.AioRpcError as error:
+            raise _error_of_rpc(error) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise ConnectionLost(CANCELLED_MESSAGE) from None
+        return data if isinstance(data, bytes) else None
+
+    async def half_close(self) -> None:
+        self._half_closed = True
+        async with self._sending:
+            await self._call.done_writing()
+
+    async def cancel(self) -> None:
+        self._call.cancel()
+
+    async def _ended(self) -> FedseaError:
+        """The error that the ended stream means for a `send`."""
+        code = await self._call.code()
+        if code is grpc.StatusCode.OK:
+            return ConnectionLost("the server has finished the session: open a new stream")
+        details, metadata = await self._call.details(), await self._call.trailing_metadata()
+        return _error_of_status(code, details, metadata)
+
+
+async def _becomes_ready(channel: aio.Channel) -> bool:
+    """Wait until the channel is connected; False as soon as an attempt to connect has failed."""
+    ready, failed = grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.TRANSIENT_FAILURE
+    state = channel.get_state(try_to_connect=True)
+    while state not in (ready, failed):
+        await channel.wait_for_state_change(state)
+        state = channel.get_state(try_to_connect=True)
+    return state is ready
+
+
+def _error_of_rpc(error: aio.AioRpcError) -> FedseaError:
+    return _error_of_status(error.code(), error.details(), error.trailing_metadata())
+
+
+def _error_of_status(
+    status: grpc.StatusCode, details: str | None, metadata: aio.Metadata | None
+) -> FedseaError:
+    """The seam: what a call's final status means, as one of our errors."""
+    text = one_line(details or "")
+    code, retry_after_ms = read_metadata(metadata or ())
+    if code is not None:
+        return error_of(Ending(status.name, code, text, retry_after_ms))
+    if status is grpc.StatusCode.CANCELLED:
+        return ConnectionLost(CANCELLED_MESSAGE)
+    if status is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded("the server did not answer in time: try again")
+    if status is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return _over_the_cap(text)
+    if status is grpc.StatusCode.UNIMPLEMENTED:
+        return RemoteProtocolError("the server is no fedsea trunk server: check address and port")
+    if status is grpc.StatusCode.UNAUTHENTICATED:
+        return Unauthenticated(f"the server refused this identity: {text}")
+    return ConnectionLost(f"the connection broke ({status.name.lower()}): reconnect")
+
+
+def _over_the_cap(text: str) -> FedseaError:
+    if text.startswith("CLIENT"):
+        return RemoteProtocolError("the server sent a message over this side's cap: raise the cap")
+    return LocalProtocolError("the server takes no message of this size: send it in parts")
+
+
+def _channel_credentials(
+    credentials: ClientTLS | Plaintext, address: Address
+) -> grpc.ChannelCredentials | None:
+    if isinstance(credentials, Plaintext):
+        require_plaintext_allowed(credentials, address.host, is_loopback=address.is_loopback)
+        return None
+    files = load_client(credentials)
+    return grpc.ssl_channel_credentials(files.ca, files.key, files.certificate)
+
+
+def _channel_arguments(
+    options: ClientOptions, tls: ClientTLS | None
+) -> list[tuple[str, int | str]]:
+    arguments: list[tuple[str, int | str]] = [
+        ("grpc.max_receive_message_length", options.max_message_bytes),
+        ("grpc.max_send_message_length", options.max_message_bytes),
+        ("grpc.keepalive_time_ms", round(options.keepalive * 1000)),
+        ("grpc.keepalive_timeout_ms", round(options.keepalive_timeout * 1000)),
+        ("grpc.http2.max_pings_without_data", 0),
+        # Each channel connects for itself: none inherits the back-off of another one.
+        ("grpc.use_local_subchannel_pool", 1),
+        # gRPC would repeat a call on its own; a session is replayed by its owner, who knows how.
+        ("grpc.enable_retries", 0),
+        ("grpc.enable_http_proxy", 0),
+    ]
+    if tls is not None and tls.server_name is not None:
+        arguments.append(("grpc.ssl_target_name_override", tls.server_name))
+    return arguments
