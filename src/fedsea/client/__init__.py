@@ -1,0 +1,1 @@
+"""The data owner's side: bottom and top, sampling, text, sessions and their recovery."""
