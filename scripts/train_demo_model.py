@@ -342,7 +342,7 @@ def main() -> None:
     """Trains, saves, loads again, measures and records."""
     parser = argparse.ArgumentParser(description="Train the packaged demo model.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=3600, help="steps of 2,048 tokens each")
+    parser.add_argument("--steps", type=int, default=3000, help="steps of 2,048 tokens each")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; 1 repeats exactly")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
