@@ -18,7 +18,13 @@ _M = TypeVar("_M", pb.DescribeRequest, pb.Description)
 MAX_DESCRIPTION_BYTES: Final = 16 * 2**10
 
 _TEXTS: Final = ("model", "family", "fingerprint", "dtype", "quantization", "server_version")
-_POSITIVE: Final = ("hidden_size", "max_context", "max_rows_per_message", "max_message_bytes")
+_POSITIVE: Final = (
+    "hidden_size",
+    "max_context",
+    "max_rows_per_message",
+    "max_message_bytes",
+    "page_rows",
+)
 
 
 def encode_describe_request() -> bytes:
@@ -59,6 +65,7 @@ def encode_description(description: Description) -> bytes:
             dtype=description.dtype,
             quantization=description.quantization,
             server_version=description.server_version,
+            page_rows=description.page_rows,
         ).SerializeToString()
     except (TypeError, ValueError):
         raise LocalProtocolError(
@@ -91,6 +98,7 @@ def decode_description(data: bytes) -> Description:
         dtype=message.dtype,
         quantization=message.quantization,
         server_version=message.server_version,
+        page_rows=message.page_rows,
         protocol=message.protocol,
     )
     _check(description, RemoteProtocolError)

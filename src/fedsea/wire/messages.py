@@ -176,7 +176,8 @@ class Description:
     """What a server serves: the model by name and fingerprint, the widest span, and its caps.
 
     `model` is a name to show; only `fingerprint` identifies the checkpoint. `quantization` is empty
-    for none.
+    for none. Each sequence takes KV rows in whole pages of `page_rows`, which a reservation has to
+    allow for.
     """
 
     model: str
@@ -193,4 +194,5 @@ class Description:
     dtype: str
     quantization: str = ""
     server_version: str = ""
+    page_rows: int = 1
     protocol: int = PROTOCOL_VERSION

@@ -193,7 +193,7 @@ class DescribeRequest(_message.Message):
     def __init__(self, protocol: _Optional[int] = ...) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("protocol", "model", "family", "fingerprint", "hidden_size", "num_blocks", "first_block", "end_block", "codecs", "max_context", "max_rows_per_message", "max_message_bytes", "dtype", "quantization", "server_version")
+    __slots__ = ("protocol", "model", "family", "fingerprint", "hidden_size", "num_blocks", "first_block", "end_block", "codecs", "max_context", "max_rows_per_message", "max_message_bytes", "dtype", "quantization", "server_version", "page_rows")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
@@ -209,6 +209,7 @@ class Description(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PAGE_ROWS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     model: str
     family: str
@@ -224,4 +225,5 @@ class Description(_message.Message):
     dtype: str
     quantization: str
     server_version: str
-    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., family: _Optional[str] = ..., fingerprint: _Optional[str] = ..., hidden_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., first_block: _Optional[int] = ..., end_block: _Optional[int] = ..., codecs: _Optional[_Iterable[_Union[Codec, str]]] = ..., max_context: _Optional[int] = ..., max_rows_per_message: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., server_version: _Optional[str] = ...) -> None: ...
+    page_rows: int
+    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., family: _Optional[str] = ..., fingerprint: _Optional[str] = ..., hidden_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., first_block: _Optional[int] = ..., end_block: _Optional[int] = ..., codecs: _Optional[_Iterable[_Union[Codec, str]]] = ..., max_context: _Optional[int] = ..., max_rows_per_message: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., server_version: _Optional[str] = ..., page_rows: _Optional[int] = ...) -> None: ...
