@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -25,7 +26,13 @@ from fedsea.errors import (
     Unreachable,
 )
 from fedsea.transport.address import Address, parse_address
-from fedsea.transport.base import MAX_MESSAGE_BYTES, Channel, ClientStream, check_size
+from fedsea.transport.base import (
+    MAX_MESSAGE_BYTES,
+    MIN_PING_SECONDS,
+    Channel,
+    ClientStream,
+    check_size,
+)
 from fedsea.transport.credentials import (
     ClientTLS,
     Plaintext,
@@ -34,7 +41,7 @@ from fedsea.transport.credentials import (
 )
 from fedsea.transport.endings import Ending, error_of, one_line, read_metadata
 from fedsea.transport.handshake import accepts_tls12, diagnose
-from fedsea.transport.runtime import tls13_enforced
+from fedsea.transport.runtime import settle, tls13_enforced
 from fedsea.transport.tokens import token_metadata
 
 DESCRIBE = "/fedsea.v1.Trunk/Describe"
@@ -53,7 +60,7 @@ class ClientOptions:
 
     `connect_timeout` bounds connecting, handshake included. `describe_timeout` bounds the answer to
     `describe`. A silent connection is probed every `keepalive` and dropped after
-    `keepalive_timeout`; servers refuse probes more often than every 5 s.
+    `keepalive_timeout`.
     """
 
     max_message_bytes: int = MAX_MESSAGE_BYTES
@@ -66,6 +73,8 @@ class ClientOptions:
         for name in ClientOptions.__slots__:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive: it is {getattr(self, name)}")
+        if self.keepalive < MIN_PING_SECONDS:
+            raise ConfigError(f"keepalive must be at least {MIN_PING_SECONDS} s: servers insist")
 
 
 class GrpcChannel(Channel):
@@ -114,6 +123,7 @@ class GrpcChannel(Channel):
         channel, self._channel = self._channel, None
         if channel is not None:
             await channel.close()
+            await settle()
 
     async def _connected(self) -> aio.Channel:
         """The channel, ready for calls; raises what `open_stream` promises."""
@@ -191,8 +201,9 @@ class _GrpcClientStream(ClientStream):
 
     async def half_close(self) -> None:
         self._half_closed = True
-        async with self._sending:
-            await self._call.done_writing()
+        with suppress(aio.InternalError):  # the stream has ended, which `receive` reports
+            async with self._sending:
+                await self._call.done_writing()
 
     async def cancel(self) -> None:
         self._call.cancel()

@@ -32,6 +32,7 @@ from fedsea.transport.address import Address, parse_address
 from fedsea.transport.base import (
     LOCAL_TENANT,
     MAX_MESSAGE_BYTES,
+    MIN_PING_SECONDS,
     Handler,
     Peer,
     ServerStream,
@@ -47,13 +48,13 @@ from fedsea.transport.credentials import (
 )
 from fedsea.transport.endings import Ending, outcome
 from fedsea.transport.handshake import accepts_tls12
+from fedsea.transport.runtime import settle
 from fedsea.transport.tokens import TokenTable, authorize
 
 SERVICE = "fedsea.v1.Trunk"
 RETRY_WHEN_FULL = 1.0
 RETRY_WHEN_DRAINING = 5.0
 PROBE_TIMEOUT = 5.0
-MIN_CLIENT_PING_MS = 5_000
 
 _Context: TypeAlias = "aio.ServicerContext[bytes, bytes]"
 
@@ -152,6 +153,7 @@ class GrpcServer:
         server, self._server = self._server, None
         if server is not None:
             await server.stop(None)
+            await settle()
 
     async def _report(self, *, serving: bool) -> None:
         answer = health_pb2.HealthCheckResponse
@@ -265,7 +267,7 @@ def _channel_arguments(options: ServerOptions) -> list[tuple[str, int]]:
         ("grpc.server_handshake_timeout_ms", round(options.handshake_timeout * 1000)),
         ("grpc.keepalive_time_ms", round(options.keepalive * 1000)),
         ("grpc.keepalive_timeout_ms", round(options.keepalive_timeout * 1000)),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_CLIENT_PING_MS),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_SECONDS * 1000),
     ]
 
 

@@ -6,9 +6,8 @@ Errors take the same way through `Ending` as over gRPC, so a client sees the sam
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections import deque
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from fedsea.errors import ConnectionLost, LocalProtocolError
 from fedsea.transport.base import (
@@ -27,21 +26,8 @@ QUEUED_MESSAGES = 64
 DEFAULT_PEER = Peer(tenant=LOCAL_TENANT, address="memory")
 
 
-@dataclass(frozen=True, slots=True)
-class _End:
-    """The last thing in a queue; `ending` is None for a clean end."""
-
-    ending: Ending | None = None
-
-    def result(self) -> None:
-        if self.ending is not None:
-            raise error_of(self.ending)
-
-
-_Queue: TypeAlias = "asyncio.Queue[bytes | _End]"
-
-_CUT = ending_of(ConnectionLost("the connection was cut: reconnect"))
-_CANCELLED = ending_of(ConnectionLost("this side cancelled the stream: open a new one"))
+_CUT = ending_of(ConnectionLost("the connection broke: reconnect"))
+_CANCELLED = ending_of(ConnectionLost("the stream was cancelled: open a new one"))
 
 
 class MemoryChannel(Channel):
@@ -85,95 +71,124 @@ class MemoryChannel(Channel):
         await asyncio.gather(*(stream.cancel() for stream in tuple(self._streams)))
 
 
+@dataclass(frozen=True, slots=True)
+class _End:
+    """The end of a pipe; `ending` is None for a clean one."""
+
+    ending: Ending | None = None
+
+
+class _Pipe:
+    """One direction of a stream: a bounded queue of messages, then its end."""
+
+    def __init__(self) -> None:
+        self._messages: deque[bytes] = deque()
+        self._end: _End | None = None
+        self._changed = asyncio.Event()
+
+    async def put(self, data: bytes) -> bool:
+        """Add a message, waiting for room; False when the pipe has ended and takes no more."""
+        while self._end is None and len(self._messages) >= QUEUED_MESSAGES:
+            await self._change()
+        if self._end is None:
+            self._messages.append(data)
+            self._changed.set()
+        return self._end is None
+
+    async def get(self) -> bytes | _End:
+        """The next message, or the end when there is none left."""
+        while self._end is None and not self._messages:
+            await self._change()
+        if self._messages:
+            self._changed.set()
+            return self._messages.popleft()
+        assert self._end is not None
+        return self._end
+
+    def end(self, end: _End, *, discard: bool = False) -> None:
+        """End the pipe; the first end counts. `discard` drops what nobody has taken yet."""
+        self._end = self._end or end
+        if discard:
+            self._messages.clear()
+        self._changed.set()
+
+    @property
+    def ended(self) -> _End | None:
+        return self._end
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+
 class _MemoryServerStream(ServerStream):
-    def __init__(self, up: _Queue, down: _Queue, max_message_bytes: int) -> None:
+    def __init__(self, up: _Pipe, down: _Pipe, max_message_bytes: int) -> None:
         self._up = up
         self._down = down
         self._max_message_bytes = max_message_bytes
-        self._finished = False
 
     async def receive(self) -> bytes | None:
-        if self._finished:
-            return None
         item = await self._up.get()
-        self._finished = isinstance(item, _End)
         return None if isinstance(item, _End) else item
 
     async def send(self, data: bytes) -> None:
         check_size(data, self._max_message_bytes)
-        await self._down.put(data)
+        if not await self._down.put(data):
+            raise ConnectionLost("the client is gone")
 
 
 class _MemoryClientStream(ClientStream):
     """Owns the task that runs the handler's session."""
 
     def __init__(self, handler: Handler, peer: Peer, max_message_bytes: int) -> None:
-        self._up: _Queue = asyncio.Queue(QUEUED_MESSAGES)
-        self._down: _Queue = asyncio.Queue(QUEUED_MESSAGES)
+        self._up = _Pipe()
+        self._down = _Pipe()
         self._max_message_bytes = max_message_bytes
         self._half_closed = False
-        self._end: _End | None = None
         stream = _MemoryServerStream(self._up, self._down, max_message_bytes)
-        self.session = asyncio.create_task(self._run(handler.session(peer, stream)))
+        self.session = asyncio.create_task(self._run(handler, peer, stream))
 
-    async def _run(self, session: Awaitable[None]) -> Ending | None:
-        ending = await outcome(session)
-        await self._down.put(_End(ending))
-        return ending
+    async def _run(self, handler: Handler, peer: Peer, stream: ServerStream) -> None:
+        ending: Ending | None = _CUT
+        try:
+            ending = await outcome(handler.session(peer, stream))
+        finally:
+            self._down.end(_End(ending))
+            self._up.end(_End())
 
     async def send(self, data: bytes) -> None:
         check_size(data, self._max_message_bytes)
         if self._half_closed:
             raise LocalProtocolError("this side has finished sending: open a new stream")
-        await self._put(data)
-
-    async def half_close(self) -> None:
-        if not self._half_closed:
-            self._half_closed = True
-            if not self.session.done():
-                await self._put(_End())
-
-    async def _put(self, item: bytes | _End) -> None:
-        if not self.session.done() and self._up.full():
-            put = asyncio.create_task(self._up.put(item))
-            try:
-                await asyncio.wait((put, self.session), return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                if not put.done():
-                    put.cancel()
-        elif not self.session.done():
-            self._up.put_nowait(item)
-        if self.session.done():
-            self._raise_ended()
-
-    def _raise_ended(self) -> None:
-        end = self._end or _End(None if self.session.cancelled() else self.session.result())
-        end.result()
-        raise ConnectionLost("the server has finished the session: open a new stream")
+        if not await self._up.put(data):
+            _raise_ending(self._down.ended)
+            raise ConnectionLost("the server has finished the session: open a new stream")
 
     async def receive(self) -> bytes | None:
-        if self._end is None:
-            try:
-                item = await self._down.get()
-            except asyncio.CancelledError:
-                await self.cancel()
-                raise
-            if not isinstance(item, _End):
-                return item
-            self._end = self._end or item
-        self._end.result()
+        try:
+            item = await self._down.get()
+        except asyncio.CancelledError:
+            await self.cancel()
+            raise
+        if not isinstance(item, _End):
+            return item
+        _raise_ending(item)
         return None
+
+    async def half_close(self) -> None:
+        self._half_closed = True
+        self._up.end(_End())
 
     async def cancel(self) -> None:
         await self.end(_CANCELLED)
 
     async def end(self, ending: Ending) -> None:
         """Stop the session and let this side see `ending`, unless it has ended already."""
-        if self._end is not None:
-            return
-        self._end = _End(ending)
+        self._down.end(_End(ending), discard=True)
         self.session.cancel()
         await asyncio.wait((self.session,))
-        while not self._down.empty():
-            self._down.get_nowait()
-        self._down.put_nowait(self._end)
+
+
+def _raise_ending(end: _End | None) -> None:
+    if end is not None and end.ending is not None:
+        raise error_of(end.ending)

@@ -14,11 +14,14 @@ themselves before they serve, and channels of such a process try one against the
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 
 CIPHER_VARIABLE = "GRPC_SSL_CIPHER_SUITES"
 NO_TLS12_CIPHERS = "ECDHE-PSK-AES256-CBC-SHA"
+
+SETTLE_SECONDS = 0.01
 
 _state = {"enforced": False}
 
@@ -38,3 +41,13 @@ def configure_grpc() -> None:
 def tls13_enforced() -> bool:
     """Whether gRPC saw the setting when it was imported, so that this process refuses TLS 1.2."""
     return _state["enforced"]
+
+
+async def settle() -> None:
+    """Wait for the last events of what was just closed.
+
+    All event loops of a process share one poller of gRPC, which delivers these events a moment
+    after `close` returns. A loop that is itself closed before that makes the poller fail in
+    another loop.
+    """
+    await asyncio.sleep(SETTLE_SECONDS)
