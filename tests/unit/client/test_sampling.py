@@ -132,6 +132,21 @@ class TestParity:
             wanted = torch.multinomial(expected.softmax(-1), 1, generator=generator)
             assert sampler.sample(logits[0]) == int(wanted)
 
+    def test_top_p_removes_a_tail_of_exactly_the_rest(self):
+        """A tail whose probability is exactly 1 - top_p goes, as in transformers."""
+        logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+        assert TopPLogitsWarper(0.5)(None, logits).isfinite().tolist() == [[True] + [False] * 3]
+        sampler = Sampler(SamplingParams(temperature=1.0, top_p=0.5, seed=0), [], [])
+        assert {sampler.sample(logits[0]) for _ in range(50)} == {0}
+
+    @pytest.mark.parametrize(
+        ("logits", "expected"), [([-0.5, -0.6], 1), ([0.5, 0.4], 1), ([0.0, -0.1], 0)]
+    )
+    def test_penalty_lowers_logits_of_either_sign(self, logits, expected):
+        """Negative logits are multiplied and positive ones divided, so both become less likely."""
+        sampler = Sampler(SamplingParams(repetition_penalty=1.5), [0], [])
+        assert sampler.sample(torch.tensor(logits)) == expected
+
 
 class TestBatches:
     """Rows are chosen as if each were alone."""

@@ -37,7 +37,7 @@ def _byte_level_tokenizer() -> PreTrainedTokenizerFast:
 def _byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
     """Pieces with byte fallback and a stripped first space, in the manner of Llama 2."""
     pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces += ["▁", "▁▁", "a", "b", "▁a", "▁the", "é", REPLACEMENT, "<0x", "\n"]
+    pieces += ["▁", "▁▁", "a", "b", "▁a", "▁the", "é", REPLACEMENT, "<0x", "\n", ""]
     tokenizer = Tokenizer(
         models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True)
     )
@@ -146,6 +146,11 @@ class TestPieces:
         """A special id in mid-text does not make the next word the first of the text."""
         ids = BYTE_FALLBACK.convert_tokens_to_ids(["▁the", "</s>", "▁the"])
         assert _stream(BYTE_FALLBACK, ids) == ["the", "", " the", ""]
+
+    def test_space_after_many_empty_tokens_is_kept(self):
+        """Tokens without text, however many, do not make the next word the first of the text."""
+        ids = BYTE_FALLBACK.convert_tokens_to_ids(["▁the", *[""] * 40, "▁the"])
+        assert "".join(_stream(BYTE_FALLBACK, ids)) == "the the"
 
     def test_special_ids_are_shown_on_request(self):
         """With skip_special_tokens=False special ids are text."""
