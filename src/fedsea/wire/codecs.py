@@ -148,7 +148,8 @@ def _quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _dequantize(buffer: bytearray, count: int, hidden_size: int) -> torch.Tensor:
     packed = torch.frombuffer(buffer, dtype=torch.uint8).view(count, hidden_size + _SCALE_BYTES)
     steps = packed[:, :hidden_size].view(torch.int8)
-    scale = packed[:, hidden_size:].contiguous().view(torch.float16)
+    # A copy is aligned; the bytes of a single row of odd hidden size are not.
+    scale = packed[:, hidden_size:].clone(memory_format=torch.contiguous_format).view(torch.float16)
     return steps.float().mul_(scale.float())
 
 

@@ -1,0 +1,42 @@
+"""The fuzz target of messages under hypothesis: random bytes and damaged messages."""
+
+from __future__ import annotations
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tests.fuzz.fuzz_messages import LIMITS, judge
+from tests.unit.wire.strategies import client_events, damaged, server_events
+
+from fedsea.wire.framing import encode_event
+from fedsea.wire.messages import Append, Begin, Close, Opened, Output, Segment
+
+messages = (client_events | server_events).map(lambda event: encode_event(event, LIMITS))
+near_valid = st.sampled_from(
+    [
+        encode_event(event, LIMITS)
+        for event in (
+            Begin(1, 4),
+            Append(1, (Segment(0, 2, 1),), bytes(6)),
+            Output(0, (Segment(0, 1, 1),), bytes(16)),
+            Opened("s"),
+            Close(),
+        )
+    ]
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.binary(max_size=300))
+@example(data=b"")
+@example(data=bytes(2**16 + 1))
+@example(data=b"\x1a\x00\x22\x00" * 2**14)
+def test_random_bytes(data):
+    """Random bytes give an event or a remote error."""
+    judge(data)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=messages | damaged(messages) | near_valid | damaged(near_valid))
+def test_damaged_messages(data):
+    """Messages that are valid up to a few bytes give an event or a remote error."""
+    judge(data)
