@@ -1,0 +1,66 @@
+"""One event loop in a thread of its own: the one place where synchronous code meets asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Generator
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Background:
+    """Runs coroutines in a daemon thread."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    def start(self, work: Coroutine[Any, Any, T]) -> Pending[T]:
+        """Begin work and return at once."""
+        return Pending(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do work and wait for its result."""
+        return self.start(work).result()
+
+    def stop(self) -> None:
+        """End the loop; work still under way is cancelled."""
+        if self._loop.is_closed():
+            return
+        asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result(timeout=10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+        self._loop.close()
+
+
+class Pending(Generic[T]):
+    """A result on its way: call `result()`, or `await` it in any event loop."""
+
+    def __init__(self, future: Future[T]) -> None:
+        self._future = future
+
+    def result(self, timeout: float | None = None) -> T:
+        """Wait for the result; raises what the work raised."""
+        return self._future.result(timeout)
+
+    def done(self) -> bool:
+        """Whether `result` would return at once."""
+        return self._future.done()
+
+    def cancel(self) -> None:
+        """Stop the work."""
+        self._future.cancel()
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return asyncio.wrap_future(self._future).__await__()
+
+
+async def _cancel_others() -> None:
+    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

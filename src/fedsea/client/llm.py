@@ -1,0 +1,385 @@
+"""`LLM`: a language model whose trunk is served elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from fedsea.client.background import Background, Pending
+from fedsea.client.generation import Completion, Request, complete
+from fedsea.client.local import LocalParts
+from fedsea.client.releases import DEFAULT_MEMORY, ReleaseStore
+from fedsea.client.remote import Patience, Tell
+from fedsea.client.sampling import SamplingParams
+from fedsea.client.servers import Endpoint, Expectation
+from fedsea.client.split import Progress, SplitModel
+from fedsea.client.streams import Feed, Stream
+from fedsea.errors import CheckpointError, ConfigError, FedseaError, RequestError, TransportError
+from fedsea.model.checkpoint import Checkpoint
+from fedsea.model.partition import Partition
+from fedsea.model.spans import Placement
+from fedsea.transport.base import Channel
+from fedsea.transport.credentials import ClientTLS, Plaintext
+from fedsea.transport.grpc_client import GrpcChannel
+from fedsea.wire.codecs import Codec
+from fedsea.wire.messages import Description
+
+logger = logging.getLogger("fedsea.client")
+
+Messages = Sequence[Mapping[str, str]]
+
+DEFAULT_KV_ROWS = 16384
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CODEC_OF = {
+    torch.float32: Codec.FP32,
+    torch.bfloat16: Codec.BF16,
+    torch.float16: Codec.FP16,
+}
+
+
+class LLM:
+    """A model split between this process and a server.
+
+    Make one with `LLM.connect`. Calls may come from any thread; requests of all threads are
+    computed together. Use it as a context manager, or call `close`.
+    """
+
+    def __init__(
+        self,
+        split: SplitModel,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_ids: frozenset[int],
+        background: Background,
+    ) -> None:
+        self._split = split
+        self._tokenizer = tokenizer
+        self._eos_ids = eos_ids
+        self._background = background
+        self._closed = False
+
+    @classmethod
+    def connect(
+        cls,
+        model: str | Path,
+        servers: str | Sequence[str] | Mapping[str, Callable[[], Channel]],
+        *,
+        partition: Partition | tuple[int, int] = (1, 1),
+        tls: ClientTLS | Plaintext | None = None,
+        dtype: str = "auto",
+        device: str = "cpu",
+        codec: str = "auto",
+        quantization: str = "none",
+        kv_rows: int = DEFAULT_KV_ROWS,
+        release_memory: int = DEFAULT_MEMORY,
+        patience: Patience | None = None,
+        on_notice: Tell | None = None,
+        revision: str | None = None,
+    ) -> LLM:
+        """Load bottom and top, find a server, and check that it serves the same model.
+
+        Args:
+            model: folder of a checkpoint or of a client bundle, or a hub id.
+            servers: addresses HOST:PORT in order of preference; later ones take over when the
+                first fails. A mapping from names to channel makers serves other transports.
+            partition: how many blocks stay here, (bottom, top).
+            tls: this client's certificate, key and CA.
+            dtype: "fp32", "bf16", "fp16", or "auto" for that of the checkpoint.
+            device: where bottom and top run.
+            codec: how rows travel: "fp32", "bf16", "fp16", "int8", or "auto" for the dtype's.
+            quantization: weight format of bottom and top: "none" or "int8".
+            kv_rows: rows of context that all requests of this process share.
+            release_memory: bytes of releases kept in memory; more go to a temporary file.
+            patience: how long to wait for places, answers and absent servers.
+            on_notice: called with one line when the connection breaks or comes back.
+            revision: of a hub id.
+
+        Raises:
+            CheckpointError, UnsupportedModel, PartitionError, ConfigError: local trouble.
+            Unreachable, FingerprintMismatch, SecurityError: trouble with the server.
+        """
+        checkpoint = Checkpoint.open(model, revision)
+        chosen = partition if isinstance(partition, Partition) else Partition(*partition)
+        placement = _placement(checkpoint, dtype, device, quantization)
+        row_codec = _codec(codec, placement.dtype)
+        trunk = chosen.trunk_span(checkpoint.num_blocks)
+        endpoints = _endpoints(servers, tls)
+        parts = LocalParts.load(checkpoint, chosen, placement, kv_rows)
+        expectation = Expectation(
+            model=checkpoint.name,
+            fingerprint=checkpoint.fingerprint(),
+            hidden_size=checkpoint.hidden_size,
+            trunk=trunk,
+            codecs=(row_codec, row_codec),
+        )
+        background = Background("fedsea-client")
+        waits = patience or Patience()
+        try:
+            description = background.run(_first_description(endpoints, expectation))
+        except FedseaError:
+            background.run(_close_all(endpoints))
+            background.stop()
+            raise
+        split = SplitModel(
+            parts=parts,
+            endpoints=endpoints,
+            expectation=expectation,
+            description=description,
+            store=ReleaseStore(release_memory),
+            patience=waits,
+            tell=on_notice or logger.warning,
+            up_codec=row_codec,
+            down_codec=row_codec,
+        )
+        return cls(split, _tokenizer(checkpoint), eos_ids(checkpoint), background)
+
+    @property
+    def split(self) -> SplitModel:
+        """The parts and servers, for those who build on them."""
+        return self._split
+
+    @property
+    def background(self) -> Background:
+        """The loop on which sessions live."""
+        return self._background
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer; it exists only on this side."""
+        return self._tokenizer
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        return self._eos_ids
+
+    def encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        """Token ids of a prompt; ids are taken as they are.
+
+        Raises:
+            RequestError: the prompt is empty.
+        """
+        ids = self._tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
+        if not ids:
+            raise RequestError("the prompt is empty; give at least one token")
+        return tuple(int(token) for token in ids)
+
+    def encode_chat(self, messages: Messages) -> tuple[int, ...]:
+        """Token ids of a conversation in the model's chat template, ready for the answer.
+
+        Raises:
+            RequestError: the tokenizer has no chat template.
+        """
+        if not self._tokenizer.chat_template:
+            raise RequestError(
+                "this model's tokenizer has no chat template; use generate with plain prompts"
+            )
+        ids = self._tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+        )
+        return self.encode(ids)
+
+    def submit(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | None = None,
+        **options: Any,
+    ) -> Pending[list[Completion]]:
+        """Begin to answer prompts of any lengths together; `result()` or `await` the answers.
+
+        `options` are fields of `SamplingParams`.
+        """
+        chosen = _params(params, options)
+        requests = [Request(self.encode(prompt), chosen) for prompt in prompts]
+        if not requests:
+            raise RequestError("there is no prompt; give at least one")
+        return self._background.start(self._answer(requests))
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        **options: Any,
+    ) -> Completion:
+        """Answer one prompt; see `submit` for several."""
+        return self.submit([prompt], params, **options).result()[0]
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Stream[str, Completion]:
+        """Answer one prompt piece by piece; iterate with `for` or `async for`.
+
+        Raises:
+            RequestError: more than one sample was asked for.
+        """
+        chosen = _params(params, options)
+        if chosen.n != 1:
+            raise RequestError(f"a stream has one sample and n is {chosen.n}; use submit")
+        ids = self.encode(prompt)
+
+        async def answer(feed: Feed[str]) -> Completion:
+            request = Request(ids, chosen, on_text=feed.put, progress=progress)
+            return (await self._answer([request]))[0]
+
+        return streamed(self._background, answer)
+
+    def close(self) -> None:
+        """Disconnect and end the background loop."""
+        if self._closed:
+            return
+        self._closed = True
+        self._background.run(self._split.close())
+        self._background.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def _answer(self, requests: Sequence[Request]) -> list[Completion]:
+        capacities = [r.capacity for r in requests for _ in range(r.params.n)]
+        session = await self._split.open(capacities)
+        try:
+            answers = await asyncio.gather(
+                *(complete(session, r, self._tokenizer, self._eos_ids) for r in requests)
+            )
+        finally:
+            await session.close()
+        return list(answers)
+
+
+def streamed(
+    background: Background, produce: Callable[[Feed[str]], Coroutine[Any, Any, Completion]]
+) -> Stream[str, Completion]:
+    """Run a producer of text on the client's loop and hand out its stream."""
+    feed: Feed[str] = Feed()
+    summary: Future[Completion] = Future()
+
+    async def run() -> None:
+        try:
+            completion = await produce(feed)
+        except (FedseaError, asyncio.CancelledError) as error:
+            feed.fail(error)
+            summary.set_exception(error)
+        else:
+            feed.end()
+            summary.set_result(completion)
+
+    work = background.start(run())
+    return Stream(feed, summary, work.cancel)
+
+
+def eos_ids(checkpoint: Checkpoint) -> frozenset[int]:
+    """Ids that end a text, from the generation configuration or the model's."""
+    declared = getattr(checkpoint.config, "eos_token_id", None)
+    if (checkpoint.folder / GENERATION_CONFIG_NAME).exists():
+        generation = GenerationConfig.from_pretrained(checkpoint.folder)
+        declared = declared if generation.eos_token_id is None else generation.eos_token_id
+    if declared is None:
+        return frozenset()
+    return frozenset([declared] if isinstance(declared, int) else declared)
+
+
+def _params(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+    if params is not None and options:
+        raise ConfigError("give either params or single options, not both")
+    return params if params is not None else SamplingParams.from_mapping(options)
+
+
+def _placement(
+    checkpoint: Checkpoint, dtype: str, device: str, quantization: str
+) -> Placement:
+    if dtype == "auto":
+        found = getattr(checkpoint.config, "dtype", None)
+        chosen = found if isinstance(found, torch.dtype) else torch.float32
+    elif dtype in _DTYPES:
+        chosen = _DTYPES[dtype]
+    else:
+        raise ConfigError(f"dtype {dtype!r} is not known; use auto, {', '.join(_DTYPES)}")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} is not known; use cpu, cuda or mps") from error
+    if quantization not in ("none", "int8"):
+        raise ConfigError(f"quantization {quantization!r} is not known; use none or int8")
+    return Placement(device=target, dtype=chosen, quantization=quantization)
+
+
+def _codec(name: str, dtype: torch.dtype) -> Codec:
+    if name == "auto":
+        return _CODEC_OF[dtype]
+    try:
+        return Codec(name)
+    except ValueError as error:
+        known = ", ".join(codec.value for codec in Codec)
+        raise ConfigError(f"codec {name!r} is not known; use auto, {known}") from error
+
+
+def _endpoints(
+    servers: str | Sequence[str] | Mapping[str, Callable[[], Channel]],
+    tls: ClientTLS | Plaintext | None,
+) -> tuple[Endpoint, ...]:
+    if isinstance(servers, Mapping):
+        return tuple(Endpoint(name, connect) for name, connect in servers.items())
+    addresses = [servers] if isinstance(servers, str) else list(servers)
+    if not addresses:
+        raise ConfigError("there is no server address; give HOST:PORT")
+    if tls is None:
+        raise ConfigError(
+            "no certificate was given; pass tls=ClientTLS(...), made by `fedsea certs client`"
+        )
+    return tuple(
+        Endpoint(address, functools.partial(GrpcChannel, address, tls)) for address in addresses
+    )
+
+
+async def _first_description(
+    endpoints: Sequence[Endpoint], expectation: Expectation
+) -> Description:
+    """Describe the first server that answers; wrong models and identities are not passed over."""
+    trouble: FedseaError = ConfigError("there is no server address; give HOST:PORT")
+    for endpoint in endpoints:
+        try:
+            return await endpoint.describe(expectation)
+        except TransportError as error:
+            trouble = error
+    raise trouble
+
+
+async def _close_all(endpoints: Sequence[Endpoint]) -> None:
+    for endpoint in endpoints:
+        await endpoint.close()
+
+
+def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            checkpoint.folder, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{checkpoint.name} has no tokenizer that can be read; add tokenizer.json to its folder"
+        ) from error
+    return tokenizer

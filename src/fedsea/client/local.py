@@ -1,0 +1,208 @@
+"""The client's own parts, bottom and top, shared by all requests of a process.
+
+Whatever requests need in the same turn of the event loop runs as one ragged batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from fedsea.client.sampling import Sampler, sample_batch
+from fedsea.errors import Capacity, FedseaError
+from fedsea.model.checkpoint import Checkpoint
+from fedsea.model.kv_pool import KVPool
+from fedsea.model.partition import Partition
+from fedsea.model.runner import NewRows, SpanRunner
+from fedsea.model.spans import Placement, Top, load_bottom, load_top
+
+# Rows that one turn of the loop computes at most, so that a long prompt does not hold up others.
+MAX_TURN_ROWS = 512
+
+Job = TypeVar("Job", bound="BottomJob | TopJob")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class BottomJob:
+    """Token ids (n,) of one sequence that enter the bottom."""
+
+    account: int
+    sequence: int
+    ids: Tensor
+
+    @property
+    def count(self) -> int:
+        """Rows."""
+        return int(self.ids.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class TopJob:
+    """The next `count` rows of one sequence that enter the top.
+
+    `rows` is (count, hidden), or only the last of them when the top has no blocks to read the
+    others. The last `keep` rows give logits; with a sampler, the last one gives the next token.
+    """
+
+    account: int
+    sequence: int
+    count: int
+    rows: Tensor
+    keep: int
+    sampler: Sampler | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TopResult:
+    """Logits (keep, vocabulary), and the sampled token when there was a sampler."""
+
+    logits: Tensor
+    token: int | None = None
+
+
+class Turns(Generic[Job, Result]):
+    """Collects jobs and runs those of one turn of the event loop together."""
+
+    def __init__(self, run: Callable[[Sequence[Job]], Sequence[Result]]) -> None:
+        self._run = run
+        self._waiting: list[tuple[Job, asyncio.Future[Result]]] = []
+
+    def submit(self, job: Job) -> asyncio.Future[Result]:
+        """Do the job in this turn, or in a later one when this one is full."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Result] = loop.create_future()
+        if not self._waiting:
+            loop.call_soon(self._take_turn)
+        self._waiting.append((job, done))
+        return done
+
+    def _take_turn(self) -> None:
+        taken = self._choose()
+        try:
+            results = self._run([job for job, _ in taken])
+        except FedseaError as error:
+            for _, done in taken:
+                if not done.done():
+                    done.set_exception(error)
+        else:
+            for (_, done), result in zip(taken, results, strict=True):
+                if not done.done():
+                    done.set_result(result)
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._take_turn)
+
+    def _choose(self) -> list[tuple[Job, asyncio.Future[Result]]]:
+        """The smallest jobs first, up to the limit, and always one."""
+        self._waiting = [entry for entry in self._waiting if not entry[1].done()]
+        self._waiting.sort(key=lambda entry: entry[0].count)
+        rows, taken = 0, 0
+        for job, _ in self._waiting:
+            rows += job.count
+            if taken and rows > MAX_TURN_ROWS:
+                break
+            taken += 1
+        chosen, self._waiting = self._waiting[:taken], self._waiting[taken:]
+        return chosen
+
+
+class LocalParts:
+    """Bottom and top of one checkpoint with their KV pools.
+
+    Args:
+        bottom: runner of the first blocks.
+        top_runner: runner of the last blocks.
+        top: the last blocks with norm and head.
+    """
+
+    def __init__(self, bottom: SpanRunner, top_runner: SpanRunner, top: Top) -> None:
+        self.bottom = bottom
+        self.top_runner = top_runner
+        self.top = top
+        self._bottom_turns = Turns(self._run_bottom)
+        self._top_turns = Turns(self._run_top)
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, partition: Partition, placement: Placement, kv_rows: int
+    ) -> LocalParts:
+        """Load both parts; the trunk's tensors are never read.
+
+        Args:
+            checkpoint: a whole checkpoint or a client bundle.
+            partition: what is ours.
+            placement: device, dtype and weight format.
+            kv_rows: rows of context that all requests share.
+        """
+        top = load_top(checkpoint, partition.top_span(checkpoint.num_blocks), placement)
+        bottom = load_bottom(checkpoint, partition.bottom_span(), placement)
+        return cls(
+            SpanRunner(bottom, kv_rows, placement), SpanRunner(top.span, kv_rows, placement), top
+        )
+
+    @property
+    def pools(self) -> tuple[KVPool, KVPool]:
+        """Pools of bottom and top."""
+        return self.bottom.pool, self.top_runner.pool
+
+    def open(self, rows: int) -> tuple[int, int]:
+        """Accounts of `rows` rows in both pools.
+
+        Raises:
+            Capacity: too many requests at once for this client's own KV memory.
+        """
+        bottom, top = self.pools
+        first = bottom.open(rows)
+        try:
+            return first, top.open(rows)
+        except Capacity:
+            bottom.close(first)
+            raise
+
+    def close(self, accounts: tuple[int, int]) -> None:
+        """Free both accounts."""
+        for pool, account in zip(self.pools, accounts, strict=True):
+            pool.close(account)
+
+    def run_bottom(self, job: BottomJob) -> asyncio.Future[Tensor]:
+        """Rows (n, hidden) at the first cut."""
+        return self._bottom_turns.submit(job)
+
+    def run_top(self, job: TopJob) -> asyncio.Future[TopResult]:
+        """Logits, and the next token when the job has a sampler."""
+        return self._top_turns.submit(job)
+
+    def _run_bottom(self, jobs: Sequence[BottomJob]) -> list[Tensor]:
+        batch = self.bottom.advance([NewRows(j.account, j.sequence, j.count) for j in jobs])
+        rows = self.bottom.run(torch.cat([job.ids for job in jobs]), batch)
+        return list(rows.split([job.count for job in jobs]))
+
+    @torch.inference_mode()
+    def _run_top(self, jobs: Sequence[TopJob]) -> list[TopResult]:
+        runner = self.top_runner
+        batch = runner.advance([NewRows(j.account, j.sequence, j.count) for j in jobs])
+        entering = torch.cat([job.rows for job in jobs])
+        leaving = runner.run(entering.to(runner.placement.device, runner.placement.dtype), batch)
+        kept, offset = [], 0
+        for job in jobs:
+            offset += job.rows.shape[0]
+            kept.append(leaving[offset - job.keep : offset])
+        logits = self.top.logits(torch.cat(kept)) if any(job.keep for job in jobs) else leaving[:0]
+        return _sampled(jobs, logits)
+
+
+def _sampled(jobs: Sequence[TopJob], logits: Tensor) -> list[TopResult]:
+    """Give each job its logits; all samplers draw from their last rows at once."""
+    parts = logits.split([job.keep for job in jobs])
+    drawing = [index for index, job in enumerate(jobs) if job.sampler is not None]
+    tokens: dict[int, int] = {}
+    if drawing:
+        last = torch.cat([parts[index][-1:] for index in drawing])
+        samplers = [job.sampler for job in jobs if job.sampler is not None]
+        tokens = dict(zip(drawing, sample_batch(samplers, last), strict=True))
+    return [TopResult(part, tokens.get(index)) for index, part in enumerate(parts)]

@@ -1,0 +1,552 @@
+"""The trunk, wherever it is: one session that survives broken connections.
+
+Rows are appended to sequences and come back transformed. All appends of one turn of the event loop
+travel in one message. When the connection breaks, the session opens again, at the same server or at
+the next address, sends the kept releases again byte for byte, and goes on; callers only wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fedsea.client.releases import ReleaseLog, ReleaseStore
+from fedsea.client.servers import Endpoint, Expectation, rotate
+from fedsea.errors import (
+    Capacity,
+    ConnectionLost,
+    DeadlineExceeded,
+    Draining,
+    FedseaError,
+    QuotaExceeded,
+    Refused,
+    SessionLost,
+    TransportError,
+    Unreachable,
+)
+from fedsea.transport.base import ClientStream
+from fedsea.wire.codecs import Codec, decode, encode
+from fedsea.wire.connection import Connection
+from fedsea.wire.limits import DEFAULT_LIMITS, Limits
+from fedsea.wire.messages import (
+    Append,
+    Begin,
+    Close,
+    Drop,
+    Fork,
+    Notice,
+    Open,
+    Opened,
+    Output,
+    Role,
+    Rollback,
+    Segment,
+    Want,
+)
+
+# Pieces of at most this many rows share a message; larger ones, the chunks of a prompt, go alone.
+_SMALL_PIECE = 8
+_FIRST_PAUSE = 0.1
+_LONGEST_PAUSE = 2.0
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long the client waits, in seconds.
+
+    `open` bounds the wait for a place at a busy server, `recover` the time without any server
+    after a break, `answer` the silence of a server that owes an output.
+    """
+
+    open: float = 30.0
+    recover: float = 60.0
+    answer: float = 120.0
+
+
+@dataclass(slots=True, eq=False)
+class _Piece:
+    """Released rows of one sequence on their way; nobody waits for them."""
+
+    sequence: int
+    start: int
+    count: int
+    want: Want
+
+    @property
+    def wanted(self) -> int:
+        """Rows that come back."""
+        return {Want.ALL: self.count, Want.LAST: 1, Want.NONE: 0}[self.want]
+
+
+@dataclass(slots=True, eq=False)
+class _OwedPiece(_Piece):
+    """A piece whose rows somebody waits for."""
+
+    arrived: asyncio.Future[Tensor]
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Messages and bytes of a session, in both directions."""
+
+    messages_up: int = 0
+    messages_down: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    rows_up: int = 0
+    rows_down: int = 0
+    compute_us: int = 0
+
+
+@dataclass(slots=True)
+class _Chain:
+    """A sequence as this side knows it."""
+
+    capacity: int
+    log: ReleaseLog
+
+
+@dataclass(slots=True)
+class _Link:
+    """One open stream and what is on its way over it."""
+
+    stream: ClientStream
+    connection: Connection
+    address: str
+    outbox: asyncio.Queue[bytes] = field(default_factory=asyncio.Queue)
+    sent: deque[list[_Piece]] = field(default_factory=deque)
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    heard: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionPlan:
+    """What a session asks for: its blocks, codecs and reserved rows."""
+
+    expectation: Expectation
+    reserve_rows: int
+    up_codec: Codec
+    down_codec: Codec
+    adapter: str = ""
+
+
+class RemoteTrunk:
+    """A session at a server, with its sequences.
+
+    Args:
+        endpoints: servers in order of preference.
+        plan: what to ask for.
+        store: where releases are kept.
+        patience: how long to wait.
+        tell: called with one line when the connection breaks or comes back.
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[Endpoint],
+        plan: SessionPlan,
+        store: ReleaseStore,
+        patience: Patience,
+        tell: Tell,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        self._endpoints = endpoints
+        self._plan = plan
+        self._store = store
+        self._patience = patience
+        self._tell = tell
+        self._limits = limits
+        self._preferred = 0
+        self._link: _Link | None = None
+        self._recovery: asyncio.Task[None] | None = None
+        self._failure: FedseaError | None = None
+        self._closed = False
+        self._chains: dict[int, _Chain] = {}
+        self._waiting: deque[_Piece] = deque()
+        self._unanswered: deque[_OwedPiece] = deque()
+        self._ids = itertools.count(1)
+        self._pump_is_due = False
+        self._max_rows = limits.max_rows_per_message
+        self.traffic = Traffic()
+
+    @property
+    def address(self) -> str | None:
+        """The server in use; None while there is none."""
+        return self._link.address if self._link else None
+
+    async def open(self) -> None:
+        """Open the session at the first server that takes it.
+
+        Raises:
+            Unreachable, Capacity, QuotaExceeded, Draining: no server took it in time.
+            FedseaError: what a server objected to for good.
+        """
+        await self._open_somewhere(self._patience.open)
+
+    def begin(self, sequence: int, capacity: int) -> None:
+        """Start an empty sequence of at most `capacity` rows."""
+        log = ReleaseLog(self._store, self._plan.up_codec.row_bytes(self._hidden_size))
+        self._say(Begin(sequence, capacity))
+        self._chains[sequence] = _Chain(capacity, log)
+
+    def fork(self, source: int, target: int, length: int, capacity: int) -> None:
+        """Start `target` as the first `length` rows of `source`."""
+        self._say(Fork(source, target, length, capacity))
+        self._chains[target] = _Chain(capacity, self._chains[source].log.fork(length))
+
+    def rollback(self, sequence: int, length: int) -> None:
+        """Forget the rows from `length` on."""
+        self._say(Rollback(sequence, length))
+        self._chains[sequence].log.truncate(length)
+
+    def drop(self, sequence: int) -> None:
+        """Forget a sequence."""
+        self._say(Drop(sequence))
+        del self._chains[sequence]
+
+    def length(self, sequence: int) -> int:
+        """Rows released for a sequence."""
+        return len(self._chains[sequence].log)
+
+    def append(self, sequence: int, rows: Tensor, want: Want) -> asyncio.Future[Tensor]:
+        """Release the next rows (n, hidden) of a sequence.
+
+        Returns a future of the wanted rows: (n, hidden) for ALL, (1, hidden) for LAST,
+        (0, hidden) for NONE. The future raises what ended the session for good.
+
+        Raises:
+            LocalProtocolError: the rows cannot be sent.
+        """
+        if self._failure is not None:
+            raise self._failure
+        log = self._chains[sequence].log
+        start = len(log)
+        log.append(encode(rows, self._plan.up_codec))
+        piece = self._owed(sequence, start, rows.shape[0], want)
+        self._waiting.append(piece)
+        self._pump_soon()
+        return piece.arrived
+
+    async def resume(self, answered: Mapping[int, int]) -> dict[int, asyncio.Future[Tensor]]:
+        """Open again after no server was in reach; every release goes out again unchanged.
+
+        Args:
+            answered: for each sequence, how many of its rows have come back.
+
+        Returns:
+            For each sequence with released rows that have not come back, a future of them.
+
+        Raises:
+            Unreachable, Refused: as for `open`; the session can be resumed later still.
+        """
+        if self._failure is None:
+            return {}
+        owed = {}
+        for sequence, start in answered.items():
+            count = self.length(sequence) - start
+            if count:
+                owed[sequence] = self._owed(sequence, start, count, Want.ALL).arrived
+        try:
+            await self._open_somewhere(self._patience.recover)
+        except FedseaError:
+            self._unanswered.clear()
+            raise
+        self._failure = None
+        return owed
+
+    async def close(self) -> None:
+        """End the session; the server frees its rows."""
+        self._closed = True
+        if self._recovery is not None:
+            self._recovery.cancel()
+        link, self._link = self._link, None
+        if link is None:
+            return
+        with suppress(FedseaError, TimeoutError):
+            async with asyncio.timeout(1.0):
+                await link.stream.send(link.connection.send(Close()))
+                await link.stream.half_close()
+        await self._drop_link(link)
+
+    @property
+    def _hidden_size(self) -> int:
+        return self._plan.expectation.hidden_size
+
+    def _say(self, event: Begin | Fork | Rollback | Drop) -> None:
+        """Send a message that has no answer; while there is no link, replay will say it all."""
+        if self._failure is not None:
+            raise self._failure
+        if self._link is not None:
+            self._post(self._link, event)
+
+    def _post(self, link: _Link, event: Open | Begin | Fork | Rollback | Drop | Append) -> None:
+        data = link.connection.send(event)
+        self.traffic.messages_up += 1
+        self.traffic.bytes_up += len(data)
+        link.outbox.put_nowait(data)
+
+    def _owed(self, sequence: int, start: int, count: int, want: Want) -> _OwedPiece:
+        arrived: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
+        piece = _OwedPiece(sequence, start, count, want, arrived)
+        self._unanswered.append(piece)
+        return piece
+
+    def _pump_soon(self) -> None:
+        if not self._pump_is_due:
+            self._pump_is_due = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """Send what waits, as far as the protocol lets us run ahead of the answers."""
+        self._pump_is_due = False
+        link = self._link
+        while link and self._waiting and link.connection.pending < link.connection.limits.max_pending:
+            pieces = self._next_pieces()
+            segments = tuple(Segment(p.sequence, p.start, p.count, p.want) for p in pieces)
+            rows = b"".join(
+                self._chains[p.sequence].log.read(p.start, p.start + p.count) for p in pieces
+            )
+            link.sent.append(pieces)
+            self.traffic.rows_up += sum(piece.count for piece in pieces)
+            self._post(link, Append(next(self._ids), segments, rows))
+
+    def _next_pieces(self) -> list[_Piece]:
+        """The longest run of waiting pieces that share a message."""
+        pieces = [self._waiting.popleft()]
+        sequences = {pieces[0].sequence}
+        small = pieces[0].count <= _SMALL_PIECE
+        while small and self._waiting and len(pieces) < self._limits.max_segments:
+            candidate = self._waiting[0]
+            if candidate.count > _SMALL_PIECE or candidate.sequence in sequences:
+                break
+            sequences.add(candidate.sequence)
+            pieces.append(self._waiting.popleft())
+        return pieces
+
+    async def _open_somewhere(self, within: float) -> None:
+        """Try the servers in turn until one takes the session, or time is up."""
+        deadline = time.monotonic() + within
+        pause = _FIRST_PAUSE
+        while True:
+            refusals: list[FedseaError] = []
+            for endpoint in rotate(self._endpoints, self._preferred):
+                try:
+                    await self._open_at(endpoint, deadline)
+                except (TransportError, Refused) as error:
+                    endpoint.forget()
+                    refusals.append(error)
+                else:
+                    self._preferred = self._endpoints.index(endpoint)
+                    return
+            wait = max(pause, _shortest_wait(refusals)) * random.uniform(0.8, 1.2)  # noqa: S311 - jitter
+            if time.monotonic() + wait > deadline or not _worth_waiting(refusals):
+                raise _gave_up(refusals, within, self._endpoints)
+            await asyncio.sleep(wait)
+            pause = min(pause * 2, _LONGEST_PAUSE)
+
+    async def _open_at(self, endpoint: Endpoint, deadline: float) -> None:
+        try:
+            async with asyncio.timeout(max(0.5, deadline - time.monotonic())):
+                description = await endpoint.describe(self._plan.expectation)
+                stream = await endpoint.channel().open_stream()
+                connection = Connection(Role.CLIENT, self._limits, hidden_size=self._hidden_size)
+                self._max_rows = min(
+                    self._limits.max_rows_per_message,
+                    description.max_rows_per_message,
+                    description.max_message_bytes
+                    // (2 * max(1, self._plan.up_codec.row_bytes(self._hidden_size))),
+                )
+                link = _Link(stream, connection, endpoint.address)
+                await self._greet(link)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"{endpoint.address} did not answer in time") from error
+        self._link = link
+        link.tasks = [
+            asyncio.create_task(self._write(link)),
+            asyncio.create_task(self._read(link)),
+            asyncio.create_task(self._watch(link)),
+        ]
+        self._replay(link)
+        self._pump_soon()
+
+    async def _greet(self, link: _Link) -> None:
+        trunk = self._plan.expectation.trunk
+        hello = Open(
+            fingerprint=self._plan.expectation.fingerprint,
+            first_block=trunk.first,
+            end_block=trunk.end,
+            up_codec=self._plan.up_codec,
+            down_codec=self._plan.down_codec,
+            reserve_rows=self._plan.reserve_rows,
+            adapter=self._plan.adapter,
+        )
+        try:
+            data = link.connection.send(hello)
+            self.traffic.messages_up += 1
+            self.traffic.bytes_up += len(data)
+            with suppress(ConnectionLost):
+                # A refusal can end the stream while we still send; `receive` says why.
+                await link.stream.send(data)
+            answer = await link.stream.receive()
+            if answer is None:
+                raise ConnectionLost(f"{link.address} closed the session at once; try again")
+            self.traffic.messages_down += 1
+            self.traffic.bytes_down += len(answer)
+            event = link.connection.receive(answer)
+            if not isinstance(event, Opened):
+                raise ConnectionLost(f"{link.address} did not confirm the session; try again")
+        except BaseException:
+            await link.stream.cancel()
+            raise
+
+    def _replay(self, link: _Link) -> None:
+        """Say again what the server must know: sequences, answered rows, then unanswered pieces."""
+        again: list[_Piece] = []
+        for sequence, chain in self._chains.items():
+            self._post(link, Begin(sequence, chain.capacity))
+            first = min(
+                (piece.start for piece in self._unanswered if piece.sequence == sequence),
+                default=len(chain.log),
+            )
+            again.extend(
+                _Piece(sequence, start, min(self._max_rows, first - start), Want.NONE)
+                for start in range(0, first, self._max_rows)
+            )
+        self._waiting = deque([*again, *self._unanswered])
+
+    async def _write(self, link: _Link) -> None:
+        try:
+            while True:
+                await link.stream.send(await link.outbox.get())
+        except FedseaError:
+            # The reader meets the same end and knows the reason.
+            return
+
+    async def _read(self, link: _Link) -> None:
+        try:
+            while True:
+                data = await link.stream.receive()
+                if data is None:
+                    raise SessionLost("the server ended the session")
+                link.heard = time.monotonic()
+                self.traffic.messages_down += 1
+                self.traffic.bytes_down += len(data)
+                event = link.connection.receive(data)
+                if isinstance(event, Output):
+                    self._arrive(link, event)
+                elif isinstance(event, Notice):
+                    self._tell(f"{link.address} is shutting down; it finishes what it can")
+        except FedseaError as error:
+            self._break(link, error)
+
+    async def _watch(self, link: _Link) -> None:
+        """Break a link whose server owes an answer for too long."""
+        while True:
+            await asyncio.sleep(self._patience.answer / 4)
+            if link.sent and time.monotonic() - link.heard > self._patience.answer:
+                silence = f"{link.address} owes an answer for {self._patience.answer:g} s"
+                self._break(link, DeadlineExceeded(silence))
+
+    def _arrive(self, link: _Link, output: Output) -> None:
+        pieces = link.sent.popleft()
+        count = sum(segment.count for segment in output.segments)
+        self.traffic.rows_down += count
+        self.traffic.compute_us += output.compute_us
+        rows = decode(output.rows, self._plan.down_codec, count, self._hidden_size)
+        offset = 0
+        for piece in pieces:
+            if isinstance(piece, _OwedPiece):
+                self._unanswered.remove(piece)
+                if not piece.arrived.done():
+                    piece.arrived.set_result(rows[offset : offset + piece.wanted])
+            offset += piece.wanted
+        if self._waiting:
+            self._pump_soon()
+
+    def _break(self, link: _Link, error: FedseaError) -> None:
+        """The stream ended: recover in the background, or end for good."""
+        if self._closed or self._link is not link:
+            return
+        self._link = None
+        if isinstance(error, TransportError | SessionLost | Draining):
+            self._recovery = asyncio.create_task(self._recover(link, error))
+        else:
+            self._recovery = asyncio.create_task(self._drop_link(link))
+            self._fail(error)
+
+    async def _recover(self, broken: _Link, error: FedseaError) -> None:
+        began = time.monotonic()
+        self._tell(f"connection to {broken.address} lost ({error.code}); resuming")
+        await self._drop_link(broken)
+        for endpoint in self._endpoints:
+            if endpoint.address == broken.address:
+                endpoint.forget()
+        try:
+            await self._open_somewhere(self._patience.recover)
+        except FedseaError as final:
+            self._fail(final)
+            return
+        rows = sum(len(chain.log) for chain in self._chains.values())
+        self._tell(
+            f"resumed at {self.address} after {time.monotonic() - began:.1f} s; "
+            f"{rows} rows sent again"
+        )
+
+    def _fail(self, error: FedseaError) -> None:
+        """Give the error to everyone who waits; releases stay for `resume`."""
+        self._failure = error
+        waiting, self._unanswered = self._unanswered, deque()
+        self._waiting.clear()
+        for piece in waiting:
+            if not piece.arrived.done():
+                piece.arrived.set_exception(error)
+
+    async def _drop_link(self, link: _Link) -> None:
+        current = asyncio.current_task()
+        for task in link.tasks:
+            if task is not current:
+                task.cancel()
+        with suppress(FedseaError):
+            await link.stream.cancel()
+
+
+def _shortest_wait(refusals: Sequence[FedseaError]) -> float:
+    waits = [
+        error.retry_after
+        for error in refusals
+        if isinstance(error, Refused) and error.retry_after is not None
+    ]
+    return min(waits, default=0.0)
+
+
+def _worth_waiting(refusals: Sequence[FedseaError]) -> bool:
+    """A full or absent server may come back; a refusal without `retry_after` is final."""
+    return any(
+        not isinstance(error, Capacity | QuotaExceeded) or error.retry_after is not None
+        for error in refusals
+    )
+
+
+def _gave_up(
+    refusals: Sequence[FedseaError], within: float, endpoints: Sequence[Endpoint]
+) -> FedseaError:
+    """The refusal of a server that answered, or that none did."""
+    for error in refusals:
+        if isinstance(error, Refused):
+            return error
+    names = ", ".join(endpoint.address for endpoint in endpoints)
+    reason = str(refusals[-1]) if refusals else "no address was given"
+    return Unreachable(
+        f"no server answered within {within:g} s ({names}): {reason}; "
+        "start a server or check the address; an open session can be resumed later"
+    )

@@ -1,0 +1,238 @@
+"""The split model: bottom -> (protect) -> remote trunk -> (restore) -> top.
+
+`SplitModel` holds what all sessions share. `SplitSession` is one session: sequences that exist in
+three places at once, at the bottom, in the trunk and at the top. Generation loops, the
+transformers wrapper and the benchmarks are its callers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsea.client.local import BottomJob, LocalParts, TopJob, TopResult
+from fedsea.client.releases import ReleaseStore
+from fedsea.client.remote import Patience, RemoteTrunk, SessionPlan, Tell, Traffic
+from fedsea.client.sampling import Sampler
+from fedsea.client.servers import Endpoint, Expectation
+from fedsea.errors import FedseaError, PromptTooLong
+from fedsea.wire.codecs import Codec
+from fedsea.wire.messages import Description, Want
+
+# Rows of a prompt that travel in one message; several are on their way at once.
+PREFILL_CHUNK = 256
+_CHUNKS_AHEAD = 4
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class SplitModel:
+    """The client's parts, the servers, and how they talk.
+
+    The trunk's `description` is that of the first server that answered.
+    """
+
+    parts: LocalParts
+    endpoints: tuple[Endpoint, ...]
+    expectation: Expectation
+    description: Description
+    store: ReleaseStore
+    patience: Patience
+    tell: Tell
+    up_codec: Codec = Codec.FP32
+    down_codec: Codec = Codec.FP32
+
+    async def open(self, capacities: Sequence[int]) -> SplitSession:
+        """Open a session that can hold sequences of the given capacities in rows.
+
+        Raises:
+            PromptTooLong: a capacity is over the model's or the server's context.
+            Capacity, QuotaExceeded, Unreachable: no place in time.
+        """
+        limit = self.description.max_context
+        longest = max(capacities)
+        if limit and longest > limit:
+            raise PromptTooLong(
+                f"prompt and new tokens need {longest} positions and the context is {limit}; "
+                "shorten the prompt or lower max_new_tokens"
+            )
+        page = max(1, self.description.page_rows)
+        local_page = self.parts.bottom.pool.page_rows
+        accounts = self.parts.open(sum(_whole(rows, local_page) for rows in capacities))
+        plan = SessionPlan(
+            expectation=self.expectation,
+            reserve_rows=sum(_whole(rows, page) for rows in capacities),
+            up_codec=self.up_codec,
+            down_codec=self.down_codec,
+        )
+        trunk = RemoteTrunk(self.endpoints, plan, self.store, self.patience, self.tell)
+        try:
+            await trunk.open()
+        except FedseaError:
+            self.parts.close(accounts)
+            raise
+        return SplitSession(self.parts, trunk, accounts)
+
+    async def close(self) -> None:
+        """Disconnect from all servers."""
+        for endpoint in self.endpoints:
+            await endpoint.close()
+        self.store.close()
+
+
+class SplitSession:
+    """Sequences of one session. All methods belong to the client's event loop.
+
+    Calls for one sequence come one at a time; calls for different sequences run together.
+    """
+
+    def __init__(
+        self, parts: LocalParts, trunk: RemoteTrunk, accounts: tuple[int, int]
+    ) -> None:
+        self._parts = parts
+        self._trunk = trunk
+        self._accounts = accounts
+        self._numbers = itertools.count()
+        self._closed = False
+
+    @property
+    def traffic(self) -> Traffic:
+        """Messages, bytes and rows so far."""
+        return self._trunk.traffic
+
+    @property
+    def address(self) -> str | None:
+        """The server in use."""
+        return self._trunk.address
+
+    def begin(self, capacity: int) -> int:
+        """A new, empty sequence."""
+        sequence = next(self._numbers)
+        for pool, account in zip(self._parts.pools, self._accounts, strict=True):
+            pool.begin(account, sequence, capacity)
+        self._trunk.begin(sequence, capacity)
+        return sequence
+
+    def fork(self, source: int, length: int, capacity: int) -> int:
+        """A new sequence that starts as the first `length` rows of `source`."""
+        target = next(self._numbers)
+        for runner_pool, account in zip(self._parts.pools, self._accounts, strict=True):
+            runner_pool.fork(account, source, target, length, capacity)
+        self._trunk.fork(source, target, length, capacity)
+        return target
+
+    def rollback(self, sequence: int, length: int) -> None:
+        """Forget the rows from `length` on, in all three places."""
+        for pool, account in zip(self._parts.pools, self._accounts, strict=True):
+            held = pool.sequence(account, sequence).length
+            pool.rollback(account, sequence, min(length, held))
+        self._trunk.rollback(sequence, length)
+
+    def drop(self, sequence: int) -> None:
+        """Forget a sequence."""
+        for pool, account in zip(self._parts.pools, self._accounts, strict=True):
+            pool.drop(account, sequence)
+        self._trunk.drop(sequence)
+
+    def length(self, sequence: int) -> int:
+        """Rows released for a sequence."""
+        return self._trunk.length(sequence)
+
+    def sequences(self) -> list[int]:
+        """Ids of the living sequences."""
+        return self._parts.bottom.pool.sequences(self._accounts[0])
+
+    async def feed(
+        self,
+        sequence: int,
+        ids: Tensor,
+        keep: int = 1,
+        sampler: Sampler | None = None,
+        progress: Progress | None = None,
+    ) -> TopResult:
+        """Run the next tokens (n,) of a sequence through all three parts.
+
+        Long prompts go in chunks, several on their way at once.
+
+        Args:
+            sequence: which one.
+            ids: token ids; they never leave this process.
+            keep: logits of how many of the last rows are wanted.
+            sampler: draws the next token from the last row.
+            progress: called with the rows done and the rows in all after every chunk.
+
+        Returns:
+            Logits (keep, vocabulary) and the token.
+        """
+        chunks = deque(ids.split(PREFILL_CHUNK))
+        coming: deque[tuple[int, asyncio.Future[Tensor]]] = deque()
+        unread = unsent = len(ids)
+        kept: list[Tensor] = []
+        while True:
+            while chunks and len(coming) < _CHUNKS_AHEAD:
+                chunk = chunks.popleft()
+                rows = await self._parts.run_bottom(BottomJob(self._accounts[0], sequence, chunk))
+                unsent -= len(chunk)
+                want = self._want(keep_any=unsent < keep)
+                coming.append((len(chunk), self._trunk.append(sequence, rows, want)))
+            count, arrival = coming.popleft()
+            unread -= count
+            last = unread == 0
+            wanted = max(0, min(count, keep - unread))
+            result = await self._finish(
+                sequence, await arrival, count, wanted, sampler if last else None
+            )
+            kept.append(result.logits)
+            if progress is not None:
+                progress(len(ids) - unread, len(ids))
+            if last:
+                logits = result.logits if len(kept) == 1 else torch.cat(kept)
+                return TopResult(logits, result.token)
+
+    def _want(self, *, keep_any: bool) -> Want:
+        """The top reads every row; without blocks there it needs only those that give logits."""
+        if len(self._parts.top.span.span) or keep_any:
+            return Want.ALL
+        return Want.NONE
+
+    async def _finish(
+        self, sequence: int, rows: Tensor, count: int, keep: int, sampler: Sampler | None
+    ) -> TopResult:
+        job = TopJob(self._accounts[1], sequence, count, rows, keep, sampler)
+        return await self._parts.run_top(job)
+
+    async def resume(self, sampler: Sampler | None = None) -> dict[int, TopResult]:
+        """Reconnect after no server was in reach, and finish what was under way.
+
+        Returns the results of the rows that were released and had not come back.
+        """
+        _, top = self._parts.pools
+        answered = {
+            sequence: top.sequence(self._accounts[1], sequence).length
+            for sequence in self.sequences()
+        }
+        owed = await self._trunk.resume(answered)
+        results = {}
+        for sequence, arrival in owed.items():
+            rows = await arrival
+            results[sequence] = await self._finish(sequence, rows, rows.shape[0], 1, sampler)
+        return results
+
+    async def close(self) -> None:
+        """Free everything, here and at the server."""
+        if self._closed:
+            return
+        self._closed = True
+        await self._trunk.close()
+        self._parts.close(self._accounts)
+
+
+def _whole(rows: int, page: int) -> int:
+    return -(-rows // page) * page
