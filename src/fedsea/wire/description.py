@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final, TypeVar
 
 from google.protobuf.message import DecodeError
@@ -9,7 +10,7 @@ from google.protobuf.message import DecodeError
 from fedsea.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
 from fedsea.wire import trunk_pb2 as pb
 from fedsea.wire.framing import CODEC_NUMBERS, CODECS_BY_NUMBER
-from fedsea.wire.limits import DEFAULT_LIMITS
+from fedsea.wire.limits import DEFAULT_LIMITS, Limits
 from fedsea.wire.messages import PROTOCOL_VERSION, Description
 from fedsea.wire.text import check_text
 
@@ -18,13 +19,14 @@ _M = TypeVar("_M", pb.DescribeRequest, pb.Description)
 MAX_DESCRIPTION_BYTES: Final = 16 * 2**10
 
 _TEXTS: Final = ("model", "family", "fingerprint", "dtype", "quantization", "server_version")
-_POSITIVE: Final = (
-    "hidden_size",
-    "max_context",
-    "max_rows_per_message",
+_CAPS: Final = (
     "max_message_bytes",
-    "page_rows",
+    "max_rows_per_message",
+    "max_segments",
+    "max_sequences",
+    "max_pending",
 )
+_POSITIVE: Final = ("hidden_size", "max_context", "page_rows", *_CAPS)
 
 
 def encode_describe_request() -> bytes:
@@ -66,6 +68,9 @@ def encode_description(description: Description) -> bytes:
             quantization=description.quantization,
             server_version=description.server_version,
             page_rows=description.page_rows,
+            max_segments=description.max_segments,
+            max_sequences=description.max_sequences,
+            max_pending=description.max_pending,
         ).SerializeToString()
     except (TypeError, ValueError):
         raise LocalProtocolError(
@@ -99,10 +104,20 @@ def decode_description(data: bytes) -> Description:
         quantization=message.quantization,
         server_version=message.server_version,
         page_rows=message.page_rows,
+        max_segments=message.max_segments,
+        max_sequences=message.max_sequences,
+        max_pending=message.max_pending,
         protocol=message.protocol,
     )
     _check(description, RemoteProtocolError)
     return description
+
+
+def limits_for(description: Description, own: Limits = DEFAULT_LIMITS) -> Limits:
+    """The caps of a client that talks to this server: of each, the smaller of both sides'."""
+    shared = {name: min(getattr(own, name), getattr(description, name)) for name in _CAPS}
+    capacity = min(own.max_capacity, description.max_context)
+    return replace(own, max_capacity=capacity, **shared)
 
 
 def _parse(kind: type[_M], data: bytes) -> _M:

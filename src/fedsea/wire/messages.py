@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 
 from fedsea.wire.codecs import Codec
+from fedsea.wire.limits import DEFAULT_LIMITS
 
 PROTOCOL_VERSION = 1
 
@@ -195,4 +196,7 @@ class Description:
     quantization: str = ""
     server_version: str = ""
     page_rows: int = 1
+    max_segments: int = DEFAULT_LIMITS.max_segments
+    max_sequences: int = DEFAULT_LIMITS.max_sequences
+    max_pending: int = DEFAULT_LIMITS.max_pending
     protocol: int = PROTOCOL_VERSION

@@ -193,7 +193,7 @@ class DescribeRequest(_message.Message):
     def __init__(self, protocol: _Optional[int] = ...) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("protocol", "model", "family", "fingerprint", "hidden_size", "num_blocks", "first_block", "end_block", "codecs", "max_context", "max_rows_per_message", "max_message_bytes", "dtype", "quantization", "server_version", "page_rows")
+    __slots__ = ("protocol", "model", "family", "fingerprint", "hidden_size", "num_blocks", "first_block", "end_block", "codecs", "max_context", "max_rows_per_message", "max_message_bytes", "dtype", "quantization", "server_version", "page_rows", "max_segments", "max_sequences", "max_pending")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +210,9 @@ class Description(_message.Message):
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     PAGE_ROWS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    MAX_PENDING_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     model: str
     family: str
@@ -226,4 +229,7 @@ class Description(_message.Message):
     quantization: str
     server_version: str
     page_rows: int
-    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., family: _Optional[str] = ..., fingerprint: _Optional[str] = ..., hidden_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., first_block: _Optional[int] = ..., end_block: _Optional[int] = ..., codecs: _Optional[_Iterable[_Union[Codec, str]]] = ..., max_context: _Optional[int] = ..., max_rows_per_message: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., server_version: _Optional[str] = ..., page_rows: _Optional[int] = ...) -> None: ...
+    max_segments: int
+    max_sequences: int
+    max_pending: int
+    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., family: _Optional[str] = ..., fingerprint: _Optional[str] = ..., hidden_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., first_block: _Optional[int] = ..., end_block: _Optional[int] = ..., codecs: _Optional[_Iterable[_Union[Codec, str]]] = ..., max_context: _Optional[int] = ..., max_rows_per_message: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., server_version: _Optional[str] = ..., page_rows: _Optional[int] = ..., max_segments: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_pending: _Optional[int] = ...) -> None: ...

@@ -18,7 +18,9 @@ from fedsea.wire.description import (
     decode_description,
     encode_describe_request,
     encode_description,
+    limits_for,
 )
+from fedsea.wire.limits import Limits
 from fedsea.wire.messages import PROTOCOL_VERSION, Description
 
 GOOD = Description(
@@ -35,11 +37,13 @@ GOOD = Description(
     max_message_bytes=2**20,
     dtype="float32",
     server_version="0.1.0",
+    max_sequences=9,
 )
 
 BAD = [
     ({"hidden_size": 0}, "hidden_size"),
     ({"max_context": 0}, "max_context"),
+    ({"max_pending": 0}, "max_pending"),
     ({"first_block": 7}, "span"),
     ({"end_block": 9}, "span"),
     ({"model": "a\nb"}, "model"),
@@ -79,6 +83,18 @@ def test_numbers_outside_the_schema_are_local_errors(change):
     """Numbers that the schema cannot carry are refused where they come from."""
     with pytest.raises(LocalProtocolError):
         encode_description(replace(GOOD, **change))
+
+
+def test_limits_are_the_smaller_of_both_sides():
+    """A client keeps to the server's caps and to its own."""
+    limits = limits_for(GOOD, Limits(max_rows_per_message=5, max_pending=3))
+    assert limits == Limits(
+        max_message_bytes=2**20,
+        max_rows_per_message=5,
+        max_sequences=9,
+        max_capacity=4096,
+        max_pending=3,
+    )
 
 
 def test_unknown_codecs_are_left_out():
