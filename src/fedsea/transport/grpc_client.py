@@ -15,11 +15,13 @@ import grpc
 from grpc import aio
 
 from fedsea.errors import (
+    Capacity,
     ConfigError,
     ConnectionLost,
     DeadlineExceeded,
     FedseaError,
     LocalProtocolError,
+    PermissionDenied,
     RemoteProtocolError,
     SecurityError,
     Unauthenticated,
@@ -52,6 +54,27 @@ CANCELLED_MESSAGE = "the stream was cancelled: open a new one"
 _Call: TypeAlias = "aio.StreamStreamCall[bytes, bytes]"
 _Unary: TypeAlias = "aio.UnaryUnaryMultiCallable[bytes, bytes]"
 _Stream: TypeAlias = "aio.StreamStreamMultiCallable[bytes, bytes]"
+
+# What a status without our metadata means: it comes from gRPC itself, a proxy or a stranger.
+_FOREIGN_STATUS: dict[grpc.StatusCode, tuple[type[FedseaError], str]] = {
+    grpc.StatusCode.CANCELLED: (ConnectionLost, CANCELLED_MESSAGE),
+    grpc.StatusCode.DEADLINE_EXCEEDED: (
+        DeadlineExceeded,
+        "the server did not answer in time: try again",
+    ),
+    grpc.StatusCode.UNIMPLEMENTED: (
+        RemoteProtocolError,
+        "the server is no fedsea trunk server: check address and port",
+    ),
+    grpc.StatusCode.UNAUTHENTICATED: (
+        Unauthenticated,
+        "the server or a proxy before it refused this identity: check certificate and token",
+    ),
+    grpc.StatusCode.PERMISSION_DENIED: (
+        PermissionDenied,
+        "the server or a proxy before it forbids this call: check certificate and token",
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,23 +262,21 @@ def _error_of_status(
     code, retry_after_ms = read_metadata(metadata or ())
     if code is not None:
         return error_of(Ending(status.name, code, text, retry_after_ms))
-    if status is grpc.StatusCode.CANCELLED:
-        return ConnectionLost(CANCELLED_MESSAGE)
-    if status is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return DeadlineExceeded("the server did not answer in time: try again")
     if status is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return _over_the_cap(text)
-    if status is grpc.StatusCode.UNIMPLEMENTED:
-        return RemoteProtocolError("the server is no fedsea trunk server: check address and port")
-    if status is grpc.StatusCode.UNAUTHENTICATED:
-        return Unauthenticated(f"the server refused this identity: {text}")
+        return _exhausted(text)
+    if status in _FOREIGN_STATUS:
+        cls, message = _FOREIGN_STATUS[status]
+        return cls(message)
     return ConnectionLost(f"the connection broke ({status.name.lower()}): reconnect")
 
 
-def _over_the_cap(text: str) -> FedseaError:
-    if text.startswith("CLIENT"):
+def _exhausted(text: str) -> FedseaError:
+    """gRPC names the side whose cap on messages was exceeded in the status text only."""
+    if "CLIENT: Received message larger" in text:
         return RemoteProtocolError("the server sent a message over this side's cap: raise the cap")
-    return LocalProtocolError("the server takes no message of this size: send it in parts")
+    if "message larger than max" in text:
+        return LocalProtocolError("the server takes no message of this size: send it in parts")
+    return Capacity("the server or a proxy before it is full: try again later")
 
 
 def _channel_credentials(

@@ -28,6 +28,7 @@ class Handler:
         self.peers: list[Peer] = []
         self.running = 0
         self.cancelled = asyncio.Event()
+        self.finished = asyncio.Event()
         self.send_error: BaseException | None = None
 
     async def describe(self, peer: Peer) -> bytes:
@@ -44,6 +45,7 @@ class Handler:
             raise
         finally:
             self.running -= 1
+            self.finished.set()
 
     async def _session(self, stream: ServerStream) -> None:
         first = await stream.receive()

@@ -104,8 +104,7 @@ async def test_messages_before_a_refusal_are_delivered(channel, handler):
     """What the server sent before it ended the stream is read first, however late."""
     stream = await channel.open_stream()
     await stream.send(b"two then refuse")
-    while not handler.peers or handler.running:
-        await asyncio.sleep(0.001)
+    await asyncio.wait_for(handler.finished.wait(), 5)
     assert [await stream.receive(), await stream.receive()] == [b"one", b"two"]
     with pytest.raises(Capacity):
         await stream.receive()
