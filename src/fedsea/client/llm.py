@@ -36,7 +36,7 @@ from fedsea.wire.messages import Description
 
 logger = logging.getLogger("fedsea.client")
 
-Messages = Sequence[Mapping[str, str]]
+Message = Mapping[str, str]
 
 DEFAULT_KV_ROWS = 16384
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -173,7 +173,7 @@ class LLM:
             raise RequestError("the prompt is empty; give at least one token")
         return tuple(int(token) for token in ids)
 
-    def encode_chat(self, messages: Messages) -> tuple[int, ...]:
+    def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Token ids of a conversation in the model's chat template, ready for the answer.
 
         Raises:
@@ -201,7 +201,7 @@ class LLM:
 
         `options` are fields of `SamplingParams`.
         """
-        chosen = _params(params, options)
+        chosen = sampling_params(params, options)
         requests = [Request(self.encode(prompt), chosen) for prompt in prompts]
         if not requests:
             raise RequestError("there is no prompt; give at least one")
@@ -228,7 +228,7 @@ class LLM:
         Raises:
             RequestError: more than one sample was asked for.
         """
-        chosen = _params(params, options)
+        chosen = sampling_params(params, options)
         if chosen.n != 1:
             raise RequestError(f"a stream has one sample and n is {chosen.n}; use submit")
         ids = self.encode(prompt)
@@ -302,7 +302,12 @@ def eos_ids(checkpoint: Checkpoint) -> frozenset[int]:
     return frozenset([declared] if isinstance(declared, int) else declared)
 
 
-def _params(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+def sampling_params(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+    """The parameters given whole or as single options.
+
+    Raises:
+        ConfigError: both were given, or an option is unknown or out of range.
+    """
     if params is not None and options:
         raise ConfigError("give either params or single options, not both")
     return params if params is not None else SamplingParams.from_mapping(options)

@@ -1,0 +1,315 @@
+"""Sessions that stay open: continue a text, go back to a position, branch off, hold a chat."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from fedsea.client.generation import (
+    Completion,
+    OnText,
+    Sample,
+    TextWriter,
+    Timing,
+    continue_sample,
+)
+from fedsea.client.llm import LLM, Message, sampling_params, streamed
+from fedsea.client.remote import Traffic
+from fedsea.client.sampling import Sampler, SamplingParams
+from fedsea.client.split import Progress, SplitSession
+from fedsea.client.streams import Feed, Stream
+from fedsea.errors import PromptTooLong, RequestError
+
+DEFAULT_ROWS = 2048
+
+
+class Session:
+    """A text that grows: what was said stays in the caches of all three parts.
+
+    `position` counts tokens, prompts and answers alike. Make one with `Session.open`. When no
+    server is in reach the call fails with a clear error and the session keeps its text; the next
+    call, or `resume`, connects again and goes on.
+    """
+
+    def __init__(self, llm: LLM, split: SplitSession, sequence: int, max_tokens: int) -> None:
+        self._llm = llm
+        self._split = split
+        self._sequence = sequence
+        self._max_tokens = max_tokens
+        self._ids: list[int] = []
+        self._shared = [1]
+
+    @classmethod
+    def open(cls, llm: LLM, max_tokens: int | None = None, forks: int = 0) -> Session:
+        """Open a session.
+
+        Args:
+            llm: the model.
+            max_tokens: most tokens of one branch; default 2,048 or the context of the model.
+            forks: how many branches will be alive beside the first one.
+
+        Raises:
+            PromptTooLong, Capacity, QuotaExceeded, Unreachable: there is no room for it.
+        """
+        limit = llm.split.description.max_context or DEFAULT_ROWS
+        tokens = max_tokens if max_tokens is not None else min(DEFAULT_ROWS, limit)
+        split = llm.background.run(llm.split.open([tokens] * (1 + forks)))
+
+        async def begin() -> int:
+            return split.begin(tokens)
+
+        return cls(llm, split, llm.background.run(begin()), tokens)
+
+    @property
+    def position(self) -> int:
+        """Tokens so far."""
+        return len(self._ids)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The tokens so far; they exist only in this process."""
+        return tuple(self._ids)
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens that the session holds."""
+        return self._max_tokens
+
+    @property
+    def traffic(self) -> Traffic:
+        """What crossed the wire so far."""
+        return self._split.traffic
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] = (),
+        params: SamplingParams | None = None,
+        **options: Any,
+    ) -> Completion:
+        """Add a prompt, which may be empty, and answer it."""
+        return self.stream(prompt, params, **options).result()
+
+    def stream(
+        self,
+        prompt: str | Sequence[int] = (),
+        params: SamplingParams | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Stream[str, Completion]:
+        """Add a prompt, which may be empty, and answer it piece by piece."""
+        chosen = sampling_params(params, options)
+        if chosen.n != 1:
+            raise RequestError(f"a session has one answer at a time and n is {chosen.n}; use fork")
+        ids = self._new_ids(prompt)
+
+        async def answer(feed: Feed[str]) -> Completion:
+            return await self._answer(ids, chosen, feed.put, progress)
+
+        return streamed(self._llm.background, answer)
+
+    def rollback(self, position: int) -> None:
+        """Forget all tokens from `position` on.
+
+        Raises:
+            RequestError: the session is not that long.
+        """
+        if not 0 <= position <= self.position:
+            raise RequestError(
+                f"cannot go back to {position}: the session has {self.position} tokens"
+            )
+        self._llm.background.run(self._rollback(position))
+
+    def fork(self) -> Session:
+        """A second session that starts as this one is now and goes its own way.
+
+        Raises:
+            QuotaExceeded: the session was opened with too few `forks`.
+        """
+
+        async def branch() -> int:
+            held = self._split.length(self._sequence)
+            return self._split.fork(self._sequence, held, self._max_tokens)
+
+        forked = Session(self._llm, self._split, self._llm.background.run(branch()), self._max_tokens)
+        forked._ids = list(self._ids)
+        forked._shared = self._shared
+        self._shared[0] += 1
+        return forked
+
+    def resume(self) -> None:
+        """Connect again after no server was in reach; what was sent goes out again unchanged."""
+        self._llm.background.run(self._resume())
+
+    def close(self) -> None:
+        """Free this branch; the last branch ends the session at the server."""
+        if self._sequence < 0:
+            return
+        sequence, self._sequence = self._sequence, -1
+        self._shared[0] -= 1
+        last = self._shared[0] == 0
+
+        async def leave() -> None:
+            if last:
+                await self._split.close()
+            else:
+                self._split.drop(sequence)
+
+        self._llm.background.run(leave())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _new_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        if not prompt:
+            return []
+        special = not self._ids
+        ids: list[int] = self._llm.tokenizer(prompt, add_special_tokens=special).input_ids
+        return ids
+
+    async def _answer(
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        on_text: OnText | None,
+        progress: Progress | None,
+    ) -> Completion:
+        began = time.perf_counter()
+        await self._resume()
+        needed = self.position + len(ids) + params.max_new_tokens
+        if needed > self._max_tokens:
+            raise PromptTooLong(
+                f"the session would grow to {needed} tokens and holds {self._max_tokens}; "
+                "lower max_new_tokens, roll back, or open it with more max_tokens"
+            )
+        entering = [*self._ids[self._fed :], *ids]
+        if not entering:
+            if not self._ids:
+                raise RequestError("the session is empty; give a prompt")
+            # The last token's row is made anew for its logits, from the same release.
+            entering = self._ids[-1:]
+            await self._rollback_rows(self.position - 1)
+        sampler = Sampler(params, [*self._ids, *ids], self._llm.eos_ids)
+        self._ids.extend(ids)
+        first = await self._split.feed(
+            self._sequence, torch.tensor(entering), sampler=sampler, progress=progress
+        )
+        first_token = time.perf_counter() - began
+        writer = TextWriter(self._llm.tokenizer, params.stop, on_text)
+        try:
+            sample: Sample = await continue_sample(
+                self._split, self._sequence, sampler, first.token or 0, writer
+            )
+        finally:
+            self._ids.extend(sampler.generated)
+        timing = Timing(first_token, time.perf_counter() - began)
+        return Completion((sample,), len(ids), timing)
+
+    @property
+    def _fed(self) -> int:
+        """Tokens whose rows were released."""
+        return self._split.length(self._sequence)
+
+    async def _rollback(self, position: int) -> None:
+        await self._rollback_rows(min(position, self._fed))
+        del self._ids[position:]
+
+    async def _rollback_rows(self, length: int) -> None:
+        if length < self._fed:
+            self._split.rollback(self._sequence, length)
+
+    async def _resume(self) -> None:
+        await self._split.resume()
+
+
+class Chat:
+    """A conversation in the model's chat template.
+
+    Only what is new in the rendered conversation is sent; a change of an earlier turn rolls back to
+    the first token that differs.
+
+    Args:
+        llm: the model.
+        system: a system message that opens the conversation.
+        max_tokens: most tokens of the whole conversation.
+    """
+
+    def __init__(self, llm: LLM, system: str | None = None, max_tokens: int | None = None) -> None:
+        self._llm = llm
+        self._session = Session.open(llm, max_tokens)
+        self._opening: list[Message] = (
+            [] if system is None else [{"role": "system", "content": system}]
+        )
+        self.messages: list[Message] = list(self._opening)
+
+    @property
+    def session(self) -> Session:
+        """The session underneath."""
+        return self._session
+
+    def send(
+        self, text: str, params: SamplingParams | None = None, **options: Any
+    ) -> Stream[str, Completion]:
+        """Say something and get the answer piece by piece.
+
+        The turn becomes part of the conversation when the answer is complete.
+        """
+        chosen = sampling_params(params, options)
+        asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
+        ids = self._llm.encode_chat(asked)
+
+        async def answer(feed: Feed[str]) -> Completion:
+            session = self._session
+            known = _common_prefix(session.token_ids, ids[:-1])
+            await session._rollback(known)
+            completion = await session._answer(list(ids[known:]), chosen, feed.put, None)
+            self.messages = [*asked, {"role": "assistant", "content": completion.text}]
+            return completion
+
+        return streamed(self._llm.background, answer)
+
+    def undo(self) -> None:
+        """Take the last question and its answer back."""
+        if len(self.messages) >= len(self._opening) + 2:
+            del self.messages[-2:]
+
+    def reset(self) -> None:
+        """Forget the conversation, the opening message excepted."""
+        self.messages = list(self._opening)
+        self._session.rollback(0)
+
+    def close(self) -> None:
+        """End the session."""
+        self._session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _common_prefix(known: Sequence[int], wanted: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    for index, (left, right) in enumerate(zip(known, wanted, strict=False)):
+        if left != right:
+            return index
+    return min(len(known), len(wanted))
