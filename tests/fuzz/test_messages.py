@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tests.fuzz.fuzz_messages import LIMITS, judge
+from tests.fuzz.judge import LIMITS, judge
 from tests.unit.wire.strategies import client_events, damaged, server_events
 
 from fedsea.wire.framing import encode_event
