@@ -9,6 +9,7 @@ Shapes: T packed rows, H query heads, G key-value heads, D head size, L rows of 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,24 +51,31 @@ class BatchItem:
 class RaggedBatch:
     """One step: its items, their positions and the cache rows that they are written to.
 
-    `position_ids` is (1, T), `slots` is (T,).
+    `position_ids` is (1, T). `slots` is (T,), or None when nothing is kept: then every item
+    starts at 0 and its rows attend to each other only, which is differentiable.
     """
 
     items: tuple[BatchItem, ...]
     position_ids: Tensor
-    slots: Tensor
+    slots: Tensor | None
     masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
-    @property
-    def num_rows(self) -> int:
-        """Packed rows, T."""
-        return int(self.slots.shape[0])
+    @classmethod
+    def whole(cls, counts: Iterable[int], device: torch.device) -> RaggedBatch:
+        """Whole sequences of the given lengths, run without a cache, as in training."""
+        items, positions = [], []
+        offset = 0
+        for count in counts:
+            items.append(BatchItem(offset, 0, count, RowRun(offset, None)))
+            positions.append(torch.arange(count, device=device))
+            offset += count
+        return cls(tuple(items), torch.cat(positions)[None], None)
 
     def mask(self, index: int, window: int) -> Tensor:
-        """Additive-free boolean mask (count, L) of item `index`; window 0 means no window."""
+        """Boolean mask (count, L) of item `index`; window 0 means no window."""
         key = (index, window)
         if key not in self.masks:
-            self.masks[key] = causal_mask(self.items[index], window, self.slots.device)
+            self.masks[key] = causal_mask(self.items[index], window, self.position_ids.device)
         return self.masks[key]
 
 
@@ -77,6 +85,20 @@ class KVContext:
 
     cache: KVCache | None = None
     batch: RaggedBatch | None = None
+
+    def keep(
+        self, batch: RaggedBatch, layer: int, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Write new keys and values (1, G, T, D); return the stores (rows, G, D) to read from."""
+        new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        if batch.slots is None:
+            return new_keys, new_values
+        if self.cache is None:
+            raise RuntimeError("the span has no cache yet; call new_cache first")
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys.index_copy_(0, batch.slots, new_keys)
+        values.index_copy_(0, batch.slots, new_values)
+        return keys, values
 
 
 def causal_mask(item: BatchItem, window: int, device: torch.device) -> Tensor:
@@ -100,32 +122,29 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | None,  # noqa: ARG001 - transformers' signature
     scaling: float | None = None,
-    dropout: float = 0.0,
+    dropout: float = 0.0,  # noqa: ARG001 - transformers' signature
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function registered with transformers.
 
     Args:
-        module: the attention layer; `module.kv_context` was set when the span was loaded.
+        module: the attention layer; `kv_context` and `kv_layer` were set when the span was loaded.
         query: (1, H, T, D). key, value: (1, G, T, D).
         attention_mask: always None; causality follows from the batch.
         scaling: factor on the scores.
-        dropout: ignored, this path never trains.
+        dropout: ignored; a served model has none.
         **kwargs: `sliding_window`, `softcap` and `s_aux` (attention sinks) of some families.
 
     Returns:
         (1, T, H, D) and no weights.
     """
     context: KVContext = module.kv_context  # type: ignore[assignment]
-    cache, batch = context.cache, context.batch
-    if cache is None or batch is None:
-        raise RuntimeError("attention was called outside SpanRunner.run")
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    keys, values = cache.keys[layer], cache.values[layer]
-    keys.index_copy_(0, batch.slots, key[0].transpose(0, 1))
-    values.index_copy_(0, batch.slots, value[0].transpose(0, 1))
+    batch = context.batch
+    if batch is None:
+        raise RuntimeError("attention was called outside BlockSpan.run")
+    keys, values = context.keep(batch, module.kv_layer, key, value)  # type: ignore[arg-type]
     window = kwargs.get("sliding_window") or 0
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     parts = []

@@ -63,7 +63,7 @@ class Int8Linear(nn.Module):
         flat = rows.reshape(-1, self.in_features).float()
         row_scales = flat.abs().amax(dim=1, keepdim=True).clamp_min_(1e-30) / 127.0
         codes = torch.round(flat / row_scales).add_(128.0).to(torch.uint8)
-        product = torch.ops.onednn.qlinear_pointwise(
+        product: Tensor = torch.ops.onednn.qlinear_pointwise(
             codes, 1.0, 128, self.packed, self.scales, self.zeros,
             None, 1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
@@ -76,7 +76,9 @@ class Int8Linear(nn.Module):
 @functools.cache
 def onednn_is_faster() -> bool:
     """Whether oneDNN beats the BLAS for one fp32 row on this machine; takes a few milliseconds."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not torch.backends.mkldnn.is_available() or not hasattr(
+        torch.ops.mkldnn, "_linear_pointwise"
+    ):
         return False
     weights = [torch.ones(_PROBE_SIZE, _PROBE_SIZE) for _ in range(_PROBE_WEIGHTS)]
     row = torch.ones(1, _PROBE_SIZE)

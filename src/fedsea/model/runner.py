@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedsea.model.attention import BatchItem, RaggedBatch, RowRun
 from fedsea.model.kv_pool import KVPool, Sequence
+from fedsea.model.partition import Span
 from fedsea.model.spans import BlockSpan, Placement
 
 DEFAULT_PAGE_ROWS = 16
@@ -51,7 +52,9 @@ class SpanRunner:
 
         Every sequence may appear once.
         """
-        items, slots, positions = [], [], []
+        items: list[BatchItem] = []
+        slots: list[int] = []
+        positions: list[int] = []
         offset = 0
         for rows in new:
             start = self.pool.sequence(rows.account, rows.sequence).length
@@ -70,9 +73,9 @@ class SpanRunner:
         )
 
     @torch.inference_mode()
-    def run(self, rows: Tensor, batch: RaggedBatch) -> Tensor:
+    def run(self, rows: Tensor, batch: RaggedBatch, span: Span | None = None) -> Tensor:
         """Run the packed rows of a batch; see `BlockSpan.run`."""
-        return self.span.run(rows, batch)
+        return self.span.run(rows, batch, span)
 
     def _locate(self, sequence: Sequence) -> RowRun:
         page_rows = self.pool.page_rows

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PretrainedConfig
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging as transformers_logging
 
 from fedsea.errors import CheckpointError, PartitionError, UnsupportedModel
@@ -27,10 +28,15 @@ from fedsea.model.partition import Span
 
 FAMILIES = frozenset(
     {
-        "apertus", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text",
-        "glm", "glm4", "gpt_oss", "granite", "hunyuan_v1_dense", "llama", "ministral", "mistral",
-        "mixtral", "nemotron", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss",
-        "smollm3", "stablelm", "starcoder2",
+        "afmoe", "apertus", "arcee", "bitnet", "cohere", "cohere2", "cohere2_moe", "cwm",
+        "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4",
+        "exaone_moe", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe",
+        "glm4_moe_lite", "gpt_oss", "granite", "granite_swa", "granitemoe", "granitemoe_swa",
+        "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hyperclovax",
+        "jais2", "llama", "minicpm3", "minimax_m2", "ministral", "ministral3", "mistral",
+        "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi3", "qwen2", "qwen2_moe",
+        "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2",
+        "vaultgemma", "youtu",
     }
 )  # fmt: skip
 
@@ -71,13 +77,13 @@ class BlockSpan(nn.Module):
         self.span = span
         self.takes_ids = takes_ids
         self.context = KVContext()
-        for module in attention_modules(blocks):
-            module.kv_context = self.context  # type: ignore[assignment]
+        self._narrowed: dict[Span, nn.Module] = {span: blocks}
+        for layer, module in enumerate(attention_modules(blocks)):
+            module.kv_context, module.kv_layer = self.context, layer  # type: ignore[assignment]
 
     def kv_shapes(self) -> list[KVShape]:
         """KV row size of each block, in order."""
-        modules = sorted(attention_modules(self.blocks), key=lambda module: int(module.layer_idx))  # type: ignore[arg-type]
-        return [kv_shape(module) for module in modules]
+        return [kv_shape(layer) for layer in attention_modules(self.blocks)]
 
     def new_cache(self, num_rows: int, placement: Placement) -> KVCache:
         """Make a cache of `num_rows` rows and attach it."""
@@ -85,15 +91,30 @@ class BlockSpan(nn.Module):
         self.context.cache = cache
         return cache
 
-    def run(self, rows: Tensor, batch: RaggedBatch) -> Tensor:
-        """Run the packed rows of a batch: (T,) or (T, hidden) to (T, hidden)."""
+    def run(self, rows: Tensor, batch: RaggedBatch, span: Span | None = None) -> Tensor:
+        """Run the packed rows of a batch: (T,) or (T, hidden) to (T, hidden).
+
+        `span` names the blocks to run when not all of them are meant.
+        """
         self.context.batch = batch
         inputs: dict[str, Any] = {"input_ids" if self.takes_ids else "inputs_embeds": rows[None]}
         if not len(self.span) and not self.takes_ids:
             return self.blocks.norm(rows)  # type: ignore[operator,no-any-return]
-        output = self.blocks(**inputs, position_ids=batch.position_ids, use_cache=False)
+        blocks = self.blocks if span is None else self._narrow(span)
+        output = blocks(**inputs, position_ids=batch.position_ids, use_cache=False)
         hidden: Tensor = output.last_hidden_state
         return hidden[0]
+
+    def _narrow(self, span: Span) -> nn.Module:
+        """The same layers as a model that has only those of `span`; made once per span."""
+        if span not in self._narrowed:
+            inner = Span(span.first - self.span.first, span.end - self.span.first)
+            whole: Any = self.blocks
+            narrow = copy.copy(whole)
+            narrow._modules = {**whole._modules, "layers": whole.layers[inner.first : inner.end]}
+            narrow.config = span_config(whole.config, inner)
+            self._narrowed[span] = narrow
+        return self._narrowed[span]
 
 
 class Top(nn.Module):
@@ -119,24 +140,20 @@ class Top(nn.Module):
 
 
 def attention_modules(blocks: nn.Module) -> list[nn.Module]:
-    """The attention layer of every block."""
-    return [
-        module
-        for module in blocks.modules()
-        if hasattr(module, "layer_idx") and hasattr(module, "o_proj")
-    ] or [
-        module
-        for module in blocks.modules()
-        if hasattr(module, "layer_idx") and hasattr(module, "scaling")
-    ]
+    """The attention layer of every block, in order."""
+    return [block.self_attn for block in blocks.layers]  # type: ignore[union-attr]
 
 
-def kv_shape(module: nn.Module) -> KVShape:
-    """Heads and head size of one attention layer, from its configuration."""
-    config: Any = module.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = int(getattr(module, "head_dim", config.hidden_size // config.num_attention_heads))
-    return KVShape(heads=int(heads), key_size=size, value_size=size)
+def kv_shape(attention_layer: nn.Module) -> KVShape:
+    """Heads and head sizes that one attention layer writes to the cache."""
+    layer: Any = attention_layer
+    if hasattr(layer, "kv_lora_rank"):
+        # Latent attention expands its keys and values before it attends.
+        return KVShape(int(layer.num_heads), int(layer.qk_head_dim), int(layer.v_head_dim))
+    size = int(layer.head_dim)
+    if hasattr(layer, "k_proj"):
+        return KVShape(int(layer.k_proj.out_features) // size, size, size)
+    return KVShape(int(layer.config.num_key_value_heads), size, size)
 
 
 def check_family(config: PretrainedConfig) -> None:
@@ -196,14 +213,10 @@ def _load_blocks(
     """transformers' base model with the blocks of `span` only; the embedding is left on meta."""
     check_family(checkpoint.config)
     if span.end > checkpoint.num_blocks:
-        raise PartitionError(
-            f"span {span} is outside the model's {checkpoint.num_blocks} blocks"
-        )
+        raise PartitionError(f"span {span} is outside the model's {checkpoint.num_blocks} blocks")
     attention.register()
-    config = span_config(checkpoint.config, span)
-    if not multiplied and hasattr(config, "embedding_multiplier"):
-        config.embedding_multiplier = 1.0
-    blocks = _from_pretrained(checkpoint, config, span, placement, final_norm)
+    cls = _span_class(checkpoint.config, span, multiplied, final_norm)
+    blocks = _from_pretrained(checkpoint, cls, span, placement)
     if placement.quantization == "int8":
         linears.quantize_int8(blocks)
     elif placement.device.type == "cpu" and placement.dtype == torch.float32:
@@ -213,32 +226,60 @@ def _load_blocks(
 
 def span_config(config: PretrainedConfig, span: Span) -> Any:
     """Configuration of a model that has the blocks of `span` only."""
-    cut: Any = copy.deepcopy(config)
+    cut = _own_config(config)
     cut.num_hidden_layers = len(span)
     for name in ("layer_types", "mlp_layer_types", "no_rope_layers"):
         values = getattr(config, name, None)
         if isinstance(values, list):
             setattr(cut, name, values[span.first : span.end])
-    cut.tie_word_embeddings = False
-    cut._attn_implementation = attention.ATTENTION_NAME
     return cut
 
 
-def _span_class(config: PretrainedConfig, final_norm: bool) -> Any:
+def _own_config(config: PretrainedConfig) -> Any:
+    """A copy of the configuration that sends attention to `attend`."""
+    own: Any = copy.deepcopy(config)
+    own.tie_word_embeddings = False
+    own.output_router_logits = False
+    own._attn_implementation = attention.ATTENTION_NAME
+    return own
+
+
+def _span_class(config: PretrainedConfig, span: Span, multiplied: bool, final_norm: bool) -> Any:
+    """transformers' base class, cut to `span` as it is made.
+
+    All blocks are made (on the meta device) and the others dropped, so that whatever depends on
+    a block's number or on the number of blocks comes out as in the whole model.
+    """
     base: Any = MODEL_MAPPING[type(config)]
 
-    class SpanOfBlocks(base):  # type: ignore[misc]
+    class SpanOfBlocks(base):
         def __init__(self, config: PretrainedConfig) -> None:
             super().__init__(config)
-            # Outside the module tree, so that loading neither fills nor misses it.
-            self.own_embedding = [self.embed_tokens]
-            self.embed_tokens = _Passthrough()
+            _cut(self, config, span)
             if not final_norm:
                 self.norm = _Passthrough()
+            if not multiplied:
+                _leave_rows_unscaled(self)
 
     # transformers converts stored weights (fused experts) for classes of its own modules only.
     SpanOfBlocks.__module__ = base.__module__
     return SpanOfBlocks
+
+
+def _cut(blocks: Any, config: PretrainedConfig, span: Span) -> None:
+    blocks.config = span_config(config, span)
+    blocks.layers = blocks.layers[span.first : span.end]
+    # Outside the module tree, so that loading neither fills nor misses it.
+    blocks.own_embedding = [blocks.embed_tokens]
+    blocks.embed_tokens = _Passthrough()
+
+
+def _leave_rows_unscaled(blocks: Any) -> None:
+    """Switch off the factor that some families put on embeddings in front of the first block."""
+    if hasattr(blocks, "embedding_multiplier"):
+        blocks.embedding_multiplier = 1.0
+    if hasattr(blocks.config, "mup_enabled"):
+        blocks.config.mup_enabled = False
 
 
 def _materialize_embedding(blocks: Any) -> nn.Embedding:
@@ -253,23 +294,19 @@ def _materialize_embedding(blocks: Any) -> nn.Embedding:
 
 
 def _from_pretrained(
-    checkpoint: Checkpoint,
-    config: Any,
-    span: Span,
-    placement: Placement,
-    final_norm: bool,
+    checkpoint: Checkpoint, cls: Any, span: Span, placement: Placement
 ) -> nn.Module:
-    present = {int(m.group(1)) for m in map(_BLOCK.match, checkpoint.tensors) if m}
+    present = _blocks_present(checkpoint)
     missing = [block for block in range(span.first, span.end) if block not in present]
     if missing:
         raise CheckpointError(
             f"{checkpoint.name} lacks blocks {missing[0]}..{missing[-1]}; "
             "this bundle holds another span, or the files are not complete"
         )
-    with _quiet_transformers():
-        blocks, report = _span_class(checkpoint.config, final_norm).from_pretrained(
+    with _QuietTransformers():
+        blocks, report = cls.from_pretrained(
             checkpoint.folder,
-            config=config,
+            config=_own_config(checkpoint.config),
             key_mapping=_key_mapping(present, span),
             dtype=placement.dtype,
             device_map={"": str(placement.device)},
@@ -277,12 +314,22 @@ def _from_pretrained(
         )
     if report["missing_keys"]:
         raise CheckpointError(
-            f"{checkpoint.name} lacks {sorted(report['missing_keys'])[0]} and "
+            f"{checkpoint.name} lacks {min(report['missing_keys'])} and "
             f"{len(report['missing_keys']) - 1} more tensors of span {span}; "
             "fetch the checkpoint again"
         )
     loaded: nn.Module = blocks.eval()
     return loaded
+
+
+def _blocks_present(checkpoint: Checkpoint) -> set[int]:
+    present = {int(match.group(1)) for match in map(_BLOCK.match, checkpoint.tensors) if match}
+    if not present and checkpoint.bundle is None:
+        raise UnsupportedModel(
+            f"{checkpoint.name} does not name its blocks model.layers.N, as multimodal models and "
+            "bare base models do not; use a text-only checkpoint saved with its head"
+        )
+    return present
 
 
 def _key_mapping(present: set[int], span: Span) -> dict[str, str]:
@@ -325,13 +372,11 @@ def _head_only(config: PretrainedConfig, head: nn.Linear) -> nn.Module:
 class _HiddenAsOutput(nn.Module):
     """Gives rows back in the form that a causal-LM class expects from its base model."""
 
-    def forward(self, inputs_embeds: Tensor, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> Any:
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
-class _quiet_transformers:
+class _QuietTransformers:
     """No load report and no progress bar: blocks of other parts are left out on purpose."""
 
     def __enter__(self) -> None:
