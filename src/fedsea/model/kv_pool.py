@@ -13,7 +13,7 @@ costs speed, never a refusal.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from fedsea.errors import Capacity, LocalProtocolError, QuotaExceeded
@@ -195,6 +195,27 @@ class KVPool:
                 self._take_page(owner, grown)
         grown.length = length + rows
         return copies
+
+    def check_room(self, account: int, rows: Mapping[int, int]) -> None:
+        """Verify that sequences can grow by `rows` rows each, all of them together.
+
+        Raises:
+            LocalProtocolError: there is no such sequence.
+            QuotaExceeded: the account's reservation is too small for that.
+        """
+        owner = self._accounts[account]
+        needed = 0
+        writers: dict[int, int] = {}
+        for number, count in rows.items():
+            grown = owner.sequence(number)
+            needed += pages_for(grown.length + count, self.page_rows) - len(grown.pages)
+            if grown.length % self.page_rows:
+                page = grown.pages[-1]
+                writers[page] = writers.get(page, 0) + 1
+        # Whoever writes into a shared page copies it, except for its last reader.
+        for page, count in writers.items():
+            needed += count - (count == owner.held[page])
+        self._check_reservation(owner, needed)
 
     def rollback(self, account: int, sequence: int, length: int) -> None:
         """Forget all rows from `length` on.
