@@ -89,8 +89,8 @@ class ClientOptions:
     max_message_bytes: int = MAX_MESSAGE_BYTES
     connect_timeout: float = 10.0
     describe_timeout: float = 10.0
-    keepalive: float = 15.0
-    keepalive_timeout: float = 10.0
+    keepalive: float = 10.0
+    keepalive_timeout: float = 5.0
 
     def __post_init__(self) -> None:
         for name in ClientOptions.__slots__:
@@ -298,6 +298,8 @@ def _channel_arguments(
         ("grpc.keepalive_time_ms", round(options.keepalive * 1000)),
         ("grpc.keepalive_timeout_ms", round(options.keepalive_timeout * 1000)),
         ("grpc.http2.max_pings_without_data", 0),
+        # A ping of flow control that is under way holds the keepalive ping back: both count.
+        ("grpc.http2.ping_timeout_ms", round(options.keepalive_timeout * 1000)),
         # Each channel connects for itself: none inherits the back-off of another one.
         ("grpc.use_local_subchannel_pool", 1),
         # gRPC would repeat a call on its own; a session is replayed by its owner, who knows how.

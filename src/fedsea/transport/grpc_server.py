@@ -267,6 +267,8 @@ def _channel_arguments(options: ServerOptions) -> list[tuple[str, int]]:
         ("grpc.server_handshake_timeout_ms", round(options.handshake_timeout * 1000)),
         ("grpc.keepalive_time_ms", round(options.keepalive * 1000)),
         ("grpc.keepalive_timeout_ms", round(options.keepalive_timeout * 1000)),
+        # A ping of flow control that is under way holds the keepalive ping back: both count.
+        ("grpc.http2.ping_timeout_ms", round(options.keepalive_timeout * 1000)),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_SECONDS * 1000),
     ]
 
