@@ -6,12 +6,10 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    Bundle,
     RuleBasedStateMachine,
-    consumes,
     initialize,
     invariant,
-    multiple,
+    precondition,
     rule,
 )
 
@@ -25,82 +23,80 @@ class PoolMachine(RuleBasedStateMachine):
     """A pool beside a list of row values for each sequence.
 
     `store` plays the KV cache: rows are written where the pool says, and must read back as the
-    model's lists say, whatever other sequences did in between.
+    lists of `expected` say, whatever other sequences did in between.
     """
 
-    accounts = Bundle("accounts")
-    sequences = Bundle("sequences")
-
-    @initialize(num_pages=st.integers(1, 12), page_rows=st.integers(1, 4))
+    @initialize(num_pages=st.integers(6, 24), page_rows=st.integers(1, 4))
     def make_pool(self, num_pages, page_rows):
         self.pool = KVPool(num_pages, page_rows)
         self.store = [-1] * self.pool.num_rows
-        self.expected = {}
+        self.accounts: list[int] = []
+        self.expected: dict[tuple[int, int], list[int]] = {}
         self.next_value = 0
         self.next_sequence = 0
 
-    @rule(target=accounts, rows=st.integers(0, 20))
+    @rule(rows=st.integers(1, 60))
     def open(self, rows):
         if pages_for(rows, self.pool.page_rows) * self.pool.page_rows <= self.pool.unreserved_rows:
-            return self.pool.open(rows)
+            self.accounts.append(self.pool.open(rows))
+            return
         with pytest.raises(Capacity):
             self.pool.open(rows)
-        return multiple()
 
-    @rule(account=consumes(accounts))
-    def close(self, account):
+    @precondition(lambda self: len(self.accounts) > 1)
+    @rule(data=st.data())
+    def close(self, data):
+        account = data.draw(st.sampled_from(self.accounts))
+        self.accounts.remove(account)
         self.pool.close(account)
         self.expected = {key: rows for key, rows in self.expected.items() if key[0] != account}
 
-    @rule(target=sequences, account=accounts, capacity=ROWS)
-    def begin(self, account, capacity):
-        if account not in self.pool._accounts:
-            return multiple()
-        key = self._new_key(account)
-        self.pool.begin(account, key[1], capacity)
+    @precondition(lambda self: self.accounts)
+    @rule(data=st.data(), capacity=ROWS)
+    def begin(self, data, capacity):
+        key = self._new_key(data.draw(st.sampled_from(self.accounts)))
+        self.pool.begin(key[0], key[1], capacity)
         self.expected[key] = []
-        return key
 
-    @rule(key=sequences, rows=ROWS)
-    def extend(self, key, rows):
-        if key not in self.expected:
-            return
-        values = list(range(self.next_value, self.next_value + rows))
+    @precondition(lambda self: self.expected)
+    @rule(data=st.data(), rows=ROWS)
+    def extend(self, data, rows):
+        key = self._draw_key(data)
         before = self._locations(key)
-        try:
-            copies = self.pool.extend(key[0], key[1], rows)
-        except QuotaExceeded:
+        if self._pages_after(key, rows) > self.pool._accounts[key[0]].reserved:
+            with pytest.raises(QuotaExceeded):
+                self.pool.extend(key[0], key[1], rows)
             assert self._locations(key) == before
-            assert self._held_pages(key[0], key, rows) > self._reserved(key[0])
             return
-        self.next_value += rows
-        self._apply(copies)
-        self.expected[key] += values
-        for value, location in zip(values, self._locations(key)[len(before) :], strict=True):
-            self.store[location] = value
+        self._apply(self.pool.extend(key[0], key[1], rows))
+        for location in self._locations(key)[len(before) :]:
+            self.store[location] = self.next_value
+            self.expected[key].append(self.next_value)
+            self.next_value += 1
 
-    @rule(key=sequences, share=st.floats(0, 1))
-    def rollback(self, key, share):
-        if key not in self.expected:
-            return
-        length = int(share * len(self.expected[key]))
+    @precondition(lambda self: self.expected)
+    @rule(data=st.data())
+    def rollback(self, data):
+        key = self._draw_key(data)
+        length = data.draw(st.integers(0, len(self.expected[key])))
         self.pool.rollback(key[0], key[1], length)
         del self.expected[key][length:]
 
-    @rule(target=sequences, key=sequences, share=st.floats(0, 1), extra=ROWS)
-    def fork(self, key, share, extra):
-        if key not in self.expected:
-            return multiple()
-        length = int(share * len(self.expected[key]))
+    @precondition(lambda self: self.expected)
+    @rule(data=st.data(), extra=ROWS)
+    def fork(self, data, extra):
+        key = self._draw_key(data)
+        length = data.draw(st.integers(0, len(self.expected[key])))
         target = self._new_key(key[0])
         self.pool.fork(key[0], key[1], target[1], length, length + extra)
         self.expected[target] = self.expected[key][:length]
-        return target
 
-    @rule(key=consumes(sequences))
-    def drop(self, key):
-        if self.expected.pop(key, None) is not None:
-            self.pool.drop(*key)
+    @precondition(lambda self: len(self.expected) > 2)
+    @rule(data=st.data())
+    def drop(self, data):
+        key = self._draw_key(data)
+        self.pool.drop(key[0], key[1])
+        del self.expected[key]
 
     @invariant()
     def pages_are_accounted_for(self):
@@ -118,6 +114,9 @@ class PoolMachine(RuleBasedStateMachine):
             follows = all(b == a + 1 for a, b in pairwise(pages))
             assert self.pool.sequence(*key).is_one_run == follows
 
+    def _draw_key(self, data):
+        return data.draw(st.sampled_from(sorted(self.expected)))
+
     def _new_key(self, account):
         self.next_sequence += 1
         return account, self.next_sequence
@@ -134,23 +133,30 @@ class PoolMachine(RuleBasedStateMachine):
             source, target = copy.source * self.pool.page_rows, copy.target * self.pool.page_rows
             self.store[target : target + copy.rows] = self.store[source : source + copy.rows]
 
-    def _reserved(self, account):
-        return self.pool._accounts[account].reserved
+    def _pages_after(self, key, rows):
+        """Pages that the account holds once the sequence has `rows` more rows of its own."""
+        pages = {
+            page
+            for account, number in self.expected
+            if account == key[0]
+            for page in self.pool.sequence(account, number).pages
+        }
+        sequence, page_rows = self.pool.sequence(*key), self.pool.page_rows
+        grown = pages_for(sequence.length + rows, page_rows) - len(sequence.pages)
+        return len(pages) + grown + self._writes_into_shared_page(key, rows)
 
-    def _held_pages(self, account, grown, rows):
-        """Pages that the account would hold after the growth."""
-        sequence, page_rows = self.pool.sequence(*grown), self.pool.page_rows
-        held = self.pool._accounts[account].held
-        copied = rows and sequence.length % page_rows and held[sequence.pages[-1]] > 1
-        return (
-            len(held)
-            + pages_for(sequence.length + rows, page_rows)
-            - len(sequence.pages)
-            + bool(copied)
+    def _writes_into_shared_page(self, key, rows):
+        sequence = self.pool.sequence(*key)
+        if not rows or sequence.length % self.pool.page_rows == 0:
+            return False
+        return any(
+            sequence.pages[-1] in self.pool.sequence(*other).pages
+            for other in self.expected
+            if other[0] == key[0] and other != key
         )
 
 
-PoolMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
 TestPoolMachine = PoolMachine.TestCase
 
 
