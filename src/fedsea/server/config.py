@@ -1,0 +1,384 @@
+"""A server's settings: one frozen dataclass per section of its TOML file, checked when read.
+
+    [server]   address = "127.0.0.1:50051"   model = "path or hub id"   span = "1:7"
+    [model]    dtype = "fp32"   quantization = "none"   device = "cpu"   threads = 2
+    [kv]       rows = 65536   page_rows = 16   max_context = 4096
+    [quotas]   sessions = 64   [quotas.tenants.acme]   rows_per_second = 2000.0
+
+Paths in a file are relative to the file. `docs/reference` lists every key with its default.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from fedsea.errors import ConfigError
+
+DTYPES = ("fp32", "bf16", "fp16")
+QUANTIZATIONS = ("none", "int8")
+DEVICES = ("cpu", "cuda", "mps")
+LOG_FORMATS = ("console", "json")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+_BYTES = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?)?B?")
+_FACTORS = {None: 1} | {
+    prefix + binary: (1024 if binary else 1000) ** power
+    for power, prefix in enumerate("KMGT", start=1)
+    for binary in ("", "i")
+}
+
+_S = TypeVar("_S")
+_Table = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSection:
+    """What is served where.
+
+    Attributes:
+        model: folder of a checkpoint, or a hub id.
+        address: host:port to listen on; port 0 takes a free one.
+        span: blocks FIRST:END, the widest that a session may ask for; None for all.
+        max_sessions: sessions of all tenants together.
+        idle_timeout_s: a session without messages for so long ends; 0 for never.
+        open_timeout_s: how long a new stream may take to send its first message.
+        drain_grace_s: how long running sessions may go on after the signal to stop.
+    """
+
+    model: str
+    address: str = "127.0.0.1:50051"
+    span: str | None = None
+    max_sessions: int = 256
+    idle_timeout_s: float = 600.0
+    open_timeout_s: float = 10.0
+    drain_grace_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        _need(bool(self.model), "server.model is empty; give the folder of a checkpoint")
+        _at_least(1, "server", self, "max_sessions")
+        _at_least(0, "server", self, "idle_timeout_s", "drain_grace_s")
+        _need(self.open_timeout_s > 0, "server.open_timeout_s must be positive")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSection:
+    """How the blocks are kept and computed; `threads` of 0 leaves torch's own number."""
+
+    dtype: str = "fp32"
+    quantization: str = "none"
+    device: str = "cpu"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of(DTYPES, "model.dtype", self.dtype)
+        _one_of(QUANTIZATIONS, "model.quantization", self.quantization)
+        _one_of(DEVICES, "model.device", self.device.partition(":")[0])
+        _at_least(0, "model", self, "threads")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVSection:
+    """Size of the KV pool, all of it taken at the start.
+
+    Attributes:
+        rows: rows of one token each, over all sessions; None to derive it from `memory`.
+        memory: memory for the pool, as in "4GiB"; None for half of what is free.
+        page_rows: rows in a page; every sequence takes whole pages.
+        max_context: most rows of one sequence; None for what the model was trained for.
+    """
+
+    rows: int | None = None
+    memory: str | None = None
+    page_rows: int = 16
+    max_context: int | None = None
+
+    def __post_init__(self) -> None:
+        _need(
+            self.rows is None or self.memory is None,
+            "kv.rows and kv.memory are both given; give one of them",
+        )
+        if self.memory is not None:
+            parse_bytes("kv.memory", self.memory)
+        for name in ("rows", "max_context"):
+            if getattr(self, name) is not None:
+                _at_least(1, "kv", self, name)
+        _at_least(1, "kv", self, "page_rows")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerSection:
+    """How a step is filled.
+
+    Attributes:
+        max_step_rows: most rows in one step; bounds the memory of activations.
+        small_append_rows: an Append of at most so many rows is decoding and goes first.
+        stall_factor: while others decode, prompts may make a step this much longer than without.
+        min_prefill_rows: rows of prompts in every step all the same, so that they advance.
+    """
+
+    max_step_rows: int = 512
+    small_append_rows: int = 16
+    stall_factor: float = 1.7
+    min_prefill_rows: int = 4
+
+    def __post_init__(self) -> None:
+        _at_least(1, "scheduler", self, "small_append_rows", "min_prefill_rows", "stall_factor")
+        _need(
+            self.max_step_rows >= max(self.small_append_rows, self.min_prefill_rows),
+            "scheduler.max_step_rows is below small_append_rows or min_prefill_rows; raise it",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuotaSection:
+    """What one tenant may take; None for no limit of its own.
+
+    Attributes:
+        sessions: open at the same time.
+        kv_rows: KV rows reserved by all of its sessions, in whole pages.
+        rows_per_second: rows computed, averaged over time; more of them wait.
+    """
+
+    sessions: int | None = None
+    kv_rows: int | None = None
+    rows_per_second: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("sessions", "kv_rows", "rows_per_second"):
+            value = getattr(self, name)
+            _need(value is None or value > 0, f"quotas.{name} is {value}; give a positive number")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuotasSection:
+    """The quota of every tenant, and those of tenants named in `tenants`."""
+
+    default: QuotaSection = field(default_factory=QuotaSection)
+    tenants: Mapping[str, QuotaSection] = field(default_factory=dict)
+
+    def of(self, tenant: str) -> QuotaSection:
+        """The quota of one tenant."""
+        return self.tenants.get(tenant, self.default)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecuritySection:
+    """TLS files and the token file; `plaintext` does without TLS, on loopback only."""
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    tokens: Path | None = None
+    plaintext: bool = False
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("ca", "certificate", "key") if getattr(self, name) is not None]
+        if self.plaintext:
+            _need(not given, "security.plaintext is set beside certificates; remove one of them")
+        elif given:
+            _need(
+                len(given) == 3,
+                f"security names only {', '.join(given)}; give ca, certificate and key",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitsSection:
+    """Caps on what one message and one session may hold; see `fedsea.wire.limits`."""
+
+    max_message_bytes: int = 8 * 2**20
+    max_rows_per_message: int = 8192
+    max_segments: int = 256
+    max_sequences: int = 256
+    max_pending: int = 8
+
+    def __post_init__(self) -> None:
+        _at_least(1, "limits", self, *(entry.name for entry in fields(self)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsSection:
+    """Where Prometheus reads the metrics: a loopback host:port; None for nowhere."""
+
+    address: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogSection:
+    """How the log is written to standard error."""
+
+    format: str = "console"
+    level: str = "info"
+
+    def __post_init__(self) -> None:
+        _one_of(LOG_FORMATS, "log.format", self.format)
+        _one_of(LOG_LEVELS, "log.level", self.level)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """All settings of a server."""
+
+    server: ServerSection
+    model: ModelSection = field(default_factory=ModelSection)
+    kv: KVSection = field(default_factory=KVSection)
+    scheduler: SchedulerSection = field(default_factory=SchedulerSection)
+    quotas: QuotasSection = field(default_factory=QuotasSection)
+    security: SecuritySection = field(default_factory=SecuritySection)
+    limits: LimitsSection = field(default_factory=LimitsSection)
+    metrics: MetricsSection = field(default_factory=MetricsSection)
+    log: LogSection = field(default_factory=LogSection)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, overrides: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> ServerConfig:
+        """Read a TOML file; `overrides` replaces single keys of its sections.
+
+        Raises:
+            ConfigError: the file cannot be read, or a key or value in it cannot be used.
+        """
+        path = Path(path)
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"the configuration {path} does not exist; fix the path") from None
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise ConfigError(f"the configuration {path} cannot be read: {reason}") from None
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path} is not valid TOML: {error}") from None
+        return cls.from_table(table, overrides, base=path.parent)
+
+    @classmethod
+    def from_table(
+        cls,
+        table: _Table,
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        base: Path | None = None,
+    ) -> ServerConfig:
+        """Settings out of nested tables, as in a TOML file; paths are relative to `base`.
+
+        Overrides are not: they come from a command line, where paths are relative to its folder.
+
+        Raises:
+            ConfigError: a key or value cannot be used.
+        """
+        sections = get_type_hints(cls)
+        _check_keys({**table, **(overrides or {})}, sections, "the configuration")
+        built: dict[str, Any] = {}
+        for name, section in sections.items():
+            own = _with_base(_table_at(table, name), section, base)
+            keys = {**own, **(overrides or {}).get(name, {})}
+            built[name] = (
+                _quotas(keys) if section is QuotasSection else _section(section, name, keys)
+            )
+        return cls(**built)
+
+
+def parse_bytes(key: str, text: str) -> int:
+    """Bytes of a size such as "512MiB" or "4GB"; raises ConfigError naming `key`."""
+    match = _BYTES.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(f"{key} is {text!r}; write a size such as 512MiB or 4GB")
+    return int(float(match[1]) * _FACTORS[match[2]])
+
+
+def _quotas(table: _Table) -> QuotasSection:
+    tenants = _table_at(table, "tenants", "quotas.tenants")
+    default = {key: value for key, value in table.items() if key != "tenants"}
+    return QuotasSection(
+        default=_section(QuotaSection, "quotas", default),
+        tenants={
+            name: _section(
+                QuotaSection, f"quotas.tenants.{name}", {**default, **_table_at(tenants, name)}
+            )
+            for name in tenants
+        },
+    )
+
+
+def _section(section: type[_S], name: str, table: _Table) -> _S:
+    hints = get_type_hints(section)
+    _check_keys(table, hints, f"section [{name}]")
+    for key in _required(section):
+        _need(key in table, f"{name}.{key} is missing; add it")
+    values = {key: _value(f"{name}.{key}", hints[key], value) for key, value in table.items()}
+    return section(**values)
+
+
+def _required(section: type[Any]) -> list[str]:
+    declared: tuple[Field[Any], ...] = fields(section)
+    return [
+        entry.name
+        for entry in declared
+        if entry.default is MISSING and entry.default_factory is MISSING
+    ]
+
+
+def _with_base(table: _Table, section: type[Any], base: Path | None) -> dict[str, Any]:
+    """The table with its paths resolved against the folder of the file."""
+    if base is None:
+        return dict(table)
+    hints = get_type_hints(section)
+    resolved = dict(table)
+    for key, value in table.items():
+        if isinstance(value, str) and Path in _accepted(hints.get(key)):
+            resolved[key] = str(base / Path(value).expanduser())
+    model = resolved.get("model")
+    if section is ServerSection and isinstance(model, str) and (base / model).is_dir():
+        resolved["model"] = str(base / model)
+    return resolved
+
+
+def _table_at(table: _Table, key: str, name: str | None = None) -> _Table:
+    value = table.get(key, {})
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name or key} is a single value; write a section [{name or key}]")
+    return value
+
+
+def _check_keys(table: _Table, known: Mapping[str, Any], where: str) -> None:
+    for key in table:
+        if key not in known:
+            near = get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{key} is no key of {where}; did you mean {near}?")
+
+
+def _accepted(hint: Any) -> tuple[Any, ...]:
+    """The types that a field takes."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _value(key: str, hint: Any, value: Any) -> Any:
+    accepted = _accepted(hint)
+    if Path in accepted and isinstance(value, str | Path):
+        return Path(value)
+    if float in accepted and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) in accepted:
+        return value
+    names = " or ".join(kind.__name__ for kind in accepted if kind is not types.NoneType)
+    raise ConfigError(f"{key} is of type {type(value).__name__}; give a {names}")
+
+
+def _need(fulfilled: bool, message: str) -> None:
+    if not fulfilled:
+        raise ConfigError(message)
+
+
+def _at_least(least: int, section: str, owner: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _need(value >= least, f"{section}.{name} is {value}; give at least {least}")
+
+
+def _one_of(choices: tuple[str, ...], key: str, value: str) -> None:
+    _need(value in choices, f"{key} is {value!r}; choose one of {', '.join(choices)}")

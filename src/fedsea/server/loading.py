@@ -1,0 +1,105 @@
+"""From settings to blocks in memory: reads the checkpoint, sizes the KV pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from fedsea.errors import ConfigError, OutOfMemory, PartitionError
+from fedsea.model.checkpoint import Checkpoint
+from fedsea.model.partition import Span
+from fedsea.model.runner import SpanRunner
+from fedsea.model.spans import BlockSpan, Placement, load_trunk
+from fedsea.server.config import KVSection, ModelSection, ServerConfig, parse_bytes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FREE_MEMORY_SHARE = 0.5
+MAX_SEQUENCES_BY_DEFAULT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Trunk:
+    """A loaded span with its KV pool, and what it was loaded from."""
+
+    checkpoint: Checkpoint
+    fingerprint: str
+    span: Span
+    runner: SpanRunner
+    max_context: int
+
+
+def load(config: ServerConfig) -> Trunk:
+    """Load the span that a configuration names.
+
+    Raises:
+        ConfigError: a setting does not fit this machine.
+        ModelError: the checkpoint or the span cannot be used, or memory is too small.
+    """
+    placement = _placement(config.model)
+    checkpoint = Checkpoint.open(config.server.model)
+    span = _span(config.server.span, checkpoint.num_blocks)
+    blocks = load_trunk(checkpoint, span, placement)
+    context = config.kv.max_context or _trained_context(checkpoint)
+    rows = _pool_rows(config.kv, blocks, placement, context)
+    return Trunk(
+        checkpoint=checkpoint,
+        fingerprint=checkpoint.fingerprint(),
+        span=span,
+        runner=SpanRunner(blocks, rows, placement, config.kv.page_rows),
+        max_context=min(context, rows),
+    )
+
+
+def _placement(section: ModelSection) -> Placement:
+    device = torch.device(section.device)
+    backends = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not backends.get(device.type, True):
+        raise ConfigError(f"model.device is {device}, which this machine does not have; use cpu")
+    if section.quantization == "int8" and device.type != "cpu":
+        raise ConfigError("model.quantization int8 is for the CPU; use none on other devices")
+    return Placement(device, DTYPES[section.dtype], section.quantization)
+
+
+def _span(text: str | None, num_blocks: int) -> Span:
+    span = Span(0, num_blocks) if text is None else Span.parse(text)
+    if not len(span) or span.end > num_blocks:
+        raise PartitionError(
+            f"server.span {span} does not lie in a model of {num_blocks} blocks; "
+            f"use FIRST:END with END at most {num_blocks}"
+        )
+    return span
+
+
+def _trained_context(checkpoint: Checkpoint) -> int:
+    return int(getattr(checkpoint.config, "max_position_embeddings", 0) or 4096)
+
+
+def _pool_rows(section: KVSection, blocks: BlockSpan, placement: Placement, context: int) -> int:
+    """Rows of the pool, in whole pages."""
+    row_bytes = sum(shape.row_elements() for shape in blocks.kv_shapes()) * placement.dtype.itemsize
+    free = _free_memory(placement.device)
+    if section.rows is not None:
+        rows = section.rows
+    elif section.memory is not None:
+        rows = parse_bytes("kv.memory", section.memory) // row_bytes
+    else:
+        rows = min(int(free * FREE_MEMORY_SHARE) // row_bytes, context * MAX_SEQUENCES_BY_DEFAULT)
+    rows = max(rows // section.page_rows, 1) * section.page_rows
+    if rows * row_bytes > free:
+        raise OutOfMemory(
+            f"a KV pool of {rows} rows takes {_mib(rows * row_bytes)} and {_mib(free)} are free; "
+            "lower kv.rows or kv.memory, or serve a narrower span"
+        )
+    return rows
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"

@@ -1,0 +1,240 @@
+"""What the transport serves: describes the trunk, admits sessions, runs them.
+
+A `TrunkService` owns the engine. It is an async context manager: inside, the engine runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from types import TracebackType
+from typing import Self
+
+import structlog
+
+from fedsea.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    Draining,
+    FedseaError,
+    FingerprintMismatch,
+    PartitionError,
+    SessionLost,
+)
+from fedsea.model.partition import Span
+from fedsea.server import loading
+from fedsea.server.config import LimitsSection, ServerConfig
+from fedsea.server.engine import Engine, Work
+from fedsea.server.metrics import Metrics
+from fedsea.server.quotas import Admissions, TokenBucket
+from fedsea.server.scheduler import Scheduler
+from fedsea.server.session import Session
+from fedsea.transport.base import Peer, ServerStream
+from fedsea.wire.codecs import Codec
+from fedsea.wire.connection import Connection
+from fedsea.wire.description import encode_description
+from fedsea.wire.limits import Limits
+from fedsea.wire.messages import Description, Notice, NoticeKind, Open, Opened, Role
+
+RETRY_WHEN_DRAINING = 5.0
+SHORT_FINGERPRINT = 12
+
+_log = structlog.get_logger(__name__)
+
+
+class TrunkService:
+    """Serves a loaded trunk to the sessions of a transport.
+
+    Args:
+        config: all settings.
+        trunk: the span and its KV pool.
+        metrics: counts what happens.
+    """
+
+    def __init__(
+        self, config: ServerConfig, trunk: loading.Trunk, metrics: Metrics | None = None
+    ) -> None:
+        self.trunk = trunk
+        self.metrics = metrics or Metrics()
+        self._config = config.server
+        self._limits = wire_limits(config.limits)
+        self._hidden_size = trunk.checkpoint.hidden_size
+        self.description = _describe(config, trunk, self._limits)
+        self._encoded_description = encode_description(self.description)
+        self._scheduler = Scheduler(config.scheduler, _buckets(config))
+        self.engine = Engine(
+            trunk.runner,
+            self._scheduler,
+            self._hidden_size,
+            self.metrics,
+            threads=config.model.threads,
+        )
+        self._admissions = Admissions(
+            config.quotas, config.server.max_sessions, config.kv.page_rows
+        )
+        self._sessions: set[Session] = set()
+        self._draining = False
+        self._watch()
+
+    @classmethod
+    def load(cls, config: ServerConfig) -> TrunkService:
+        """Load what the configuration names; raises what `fedsea.server.loading.load` does."""
+        return cls(config, loading.load(config))
+
+    async def __aenter__(self) -> Self:
+        self.engine.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for session in tuple(self._sessions):
+            session.fail(SessionLost("the server has stopped; open the session again"))
+        await self.engine.stop()
+
+    @property
+    def num_sessions(self) -> int:
+        """Open sessions."""
+        return len(self._sessions)
+
+    async def describe(self, peer: Peer) -> bytes:
+        """What is served, the same for everybody."""
+        _log.debug("described", tenant=peer.tenant)
+        return self._encoded_description
+
+    async def session(self, peer: Peer, stream: ServerStream) -> None:
+        """Serve one session from its Open to its end."""
+        session_id = secrets.token_hex(8)
+        log = _log.bind(tenant=peer.tenant, session=session_id)
+        try:
+            await self._serve(peer, stream, session_id)
+        except FedseaError as error:
+            self.metrics.ended(error.code)
+            log.info("session_failed", code=error.code)
+            raise
+        log.info("session_closed")
+
+    def drain(self) -> None:
+        """Take no new sessions and tell the open ones to move."""
+        self._draining = True
+        notice = Notice(NoticeKind.DRAINING, "the server is stopping; move to another address")
+        for session in self._sessions:
+            session.notify(notice)
+
+    async def _serve(self, peer: Peer, stream: ServerStream, session_id: str) -> None:
+        connection = Connection(Role.SERVER, self._limits, hidden_size=self._hidden_size)
+        request = await self._request(stream, connection)
+        if request is None:
+            return
+        span = self._check(request)
+        session = Session(
+            stream,
+            connection,
+            self.engine,
+            max_context=self.trunk.max_context,
+            idle_timeout=self._config.idle_timeout_s,
+        )
+        work = Work(peer.tenant, span, request.up_codec, request.down_codec, session)
+        with self._admissions.admitted(peer.tenant, request.reserve_rows):
+            try:
+                await self.engine.open(work, request.reserve_rows)
+                session.send(Opened(session_id, round(self._config.idle_timeout_s * 1000)))
+                self._sessions.add(session)
+                self.metrics.opened(peer.tenant)
+                _log.info(
+                    "session_opened",
+                    tenant=peer.tenant,
+                    session=session_id,
+                    span=str(span),
+                    reserved=request.reserve_rows,
+                )
+                await session.serve(work)
+            finally:
+                self._sessions.discard(session)
+                self.engine.close(work)
+
+    async def _request(self, stream: ServerStream, connection: Connection) -> Open | None:
+        """The client's first message; None when it went away without one."""
+        if self._draining:
+            raise Draining("the server is stopping; use another address", RETRY_WHEN_DRAINING)
+        try:
+            async with asyncio.timeout(self._config.open_timeout_s):
+                data = await stream.receive()
+        except TimeoutError:
+            raise DeadlineExceeded("the stream said nothing; send Open at once") from None
+        if data is None:
+            return None
+        request = connection.receive(data)
+        assert isinstance(request, Open)  # the table of states allows nothing else
+        return request
+
+    def _check(self, request: Open) -> Span:
+        if request.fingerprint != self.trunk.fingerprint:
+            raise FingerprintMismatch(
+                f"the server serves {self.trunk.checkpoint.name} "
+                f"({self.trunk.fingerprint[:SHORT_FINGERPRINT]}) and the client holds another "
+                f"checkpoint ({request.fingerprint[:SHORT_FINGERPRINT]}); "
+                "use the same files on both sides"
+            )
+        span = Span(request.first_block, request.end_block)
+        if span not in self.trunk.span:
+            raise PartitionError(
+                f"blocks {span} were asked for and this server serves {self.trunk.span}; "
+                "choose bottom and top so that the trunk lies inside"
+            )
+        if request.adapter:
+            raise ConfigError("this server has no adapters; open the session without one")
+        return span
+
+    def _watch(self) -> None:
+        pool = self.trunk.runner.pool
+        watch = self.metrics.watch
+        watch("sessions", "Open sessions", lambda: len(self._sessions))
+        watch("kv_rows", "KV rows in all", lambda: pool.num_rows)
+        watch("kv_rows_unreserved", "KV rows that can be reserved", lambda: pool.unreserved_rows)
+
+
+def wire_limits(section: LimitsSection) -> Limits:
+    """The caps of every session."""
+    return Limits(
+        max_message_bytes=section.max_message_bytes,
+        max_rows_per_message=section.max_rows_per_message,
+        max_segments=section.max_segments,
+        max_sequences=section.max_sequences,
+        max_pending=section.max_pending,
+    )
+
+
+def _describe(config: ServerConfig, trunk: loading.Trunk, limits: Limits) -> Description:
+    checkpoint, quantization = trunk.checkpoint, config.model.quantization
+    return Description(
+        model=checkpoint.name,
+        family=str(checkpoint.config.model_type),
+        fingerprint=trunk.fingerprint,
+        hidden_size=checkpoint.hidden_size,
+        num_blocks=checkpoint.num_blocks,
+        first_block=trunk.span.first,
+        end_block=trunk.span.end,
+        codecs=tuple(Codec),
+        max_context=trunk.max_context,
+        max_rows_per_message=limits.max_rows_per_message,
+        max_message_bytes=limits.max_message_bytes,
+        dtype=config.model.dtype,
+        quantization="" if quantization == "none" else quantization,
+        server_version=version("fedsea"),
+        page_rows=config.kv.page_rows,
+    )
+
+
+def _buckets(config: ServerConfig) -> Callable[[str], TokenBucket | None]:
+    def bucket(tenant: str) -> TokenBucket | None:
+        rate = config.quotas.of(tenant).rows_per_second
+        return None if rate is None else TokenBucket(rate, time.perf_counter())
+
+    return bucket
