@@ -26,7 +26,7 @@ class PoolMachine(RuleBasedStateMachine):
     lists of `expected` say, whatever other sequences did in between.
     """
 
-    @initialize(num_pages=st.integers(6, 24), page_rows=st.integers(1, 4))
+    @initialize(num_pages=st.integers(12, 24), page_rows=st.integers(2, 4))
     def make_pool(self, num_pages, page_rows):
         self.pool = KVPool(num_pages, page_rows)
         self.store = [-1] * self.pool.num_rows
@@ -34,8 +34,10 @@ class PoolMachine(RuleBasedStateMachine):
         self.expected: dict[tuple[int, int], list[int]] = {}
         self.next_value = 0
         self.next_sequence = 0
+        self.open(24)
 
-    @rule(rows=st.integers(1, 60))
+    @precondition(lambda self: len(self.accounts) < 3)
+    @rule(rows=st.integers(8, 40))
     def open(self, rows):
         if pages_for(rows, self.pool.page_rows) * self.pool.page_rows <= self.pool.unreserved_rows:
             self.accounts.append(self.pool.open(rows))
@@ -51,17 +53,20 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.close(account)
         self.expected = {key: rows for key, rows in self.expected.items() if key[0] != account}
 
-    @precondition(lambda self: self.accounts)
-    @rule(data=st.data(), capacity=ROWS)
-    def begin(self, data, capacity):
+    @precondition(lambda self: self.accounts and len(self.expected) < 3)
+    @rule(data=st.data(), capacity=ROWS, rows=ROWS)
+    def begin(self, data, capacity, rows):
         key = self._new_key(data.draw(st.sampled_from(self.accounts)))
         self.pool.begin(key[0], key[1], capacity)
         self.expected[key] = []
+        self._grow(key, rows)
 
     @precondition(lambda self: self.expected)
     @rule(data=st.data(), rows=ROWS)
     def extend(self, data, rows):
-        key = self._draw_key(data)
+        self._grow(data.draw(st.sampled_from(sorted(self.expected))), rows)
+
+    def _grow(self, key, rows):
         before = self._locations(key)
         if self._pages_after(key, rows) > self.pool._accounts[key[0]].reserved:
             with pytest.raises(QuotaExceeded):
@@ -74,24 +79,25 @@ class PoolMachine(RuleBasedStateMachine):
             self.expected[key].append(self.next_value)
             self.next_value += 1
 
-    @precondition(lambda self: self.expected)
+    @precondition(lambda self: any(self.expected.values()))
     @rule(data=st.data())
     def rollback(self, data):
         key = self._draw_key(data)
-        length = data.draw(st.integers(0, len(self.expected[key])))
+        length = max(0, len(self.expected[key]) - data.draw(st.integers(0, 9)))
         self.pool.rollback(key[0], key[1], length)
         del self.expected[key][length:]
 
-    @precondition(lambda self: self.expected)
+    @precondition(lambda self: any(self.expected.values()) and len(self.expected) < 6)
     @rule(data=st.data(), extra=ROWS)
     def fork(self, data, extra):
         key = self._draw_key(data)
-        length = data.draw(st.integers(0, len(self.expected[key])))
+        length = max(0, len(self.expected[key]) - data.draw(st.integers(0, 5)))
         target = self._new_key(key[0])
         self.pool.fork(key[0], key[1], target[1], length, length + extra)
         self.expected[target] = self.expected[key][:length]
+        self._grow(target, extra)
 
-    @precondition(lambda self: len(self.expected) > 2)
+    @precondition(lambda self: any(self.expected.values()) and len(self.expected) > 3)
     @rule(data=st.data())
     def drop(self, data):
         key = self._draw_key(data)
@@ -115,7 +121,10 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.pool.sequence(*key).is_one_run == follows
 
     def _draw_key(self, data):
-        return data.draw(st.sampled_from(sorted(self.expected)))
+        """A sequence that has rows."""
+        return data.draw(
+            st.sampled_from(sorted(key for key, rows in self.expected.items() if rows))
+        )
 
     def _new_key(self, account):
         self.next_sequence += 1
@@ -156,7 +165,7 @@ class PoolMachine(RuleBasedStateMachine):
         )
 
 
-PoolMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 TestPoolMachine = PoolMachine.TestCase
 
 
