@@ -1,5 +1,6 @@
 """The pool never loses a page, never mixes sequences and never breaks a reservation."""
 
+from copy import deepcopy
 from itertools import pairwise
 
 import pytest
@@ -78,6 +79,25 @@ class PoolMachine(RuleBasedStateMachine):
             self.store[location] = self.next_value
             self.expected[key].append(self.next_value)
             self.next_value += 1
+
+    @precondition(lambda self: any(self.expected.values()))
+    @rule(data=st.data(), counts=st.lists(st.integers(1, 5), min_size=6, max_size=6))
+    def extend_together(self, data, counts):
+        """What `check_room` says about several sequences is what growing them would show."""
+        account = self._draw_key(data)[0]
+        numbers = [number for owner, number in self.expected if owner == account]
+        rows = dict(zip(numbers, counts, strict=False))
+        trial = deepcopy(self.pool)
+        try:
+            for number, count in rows.items():
+                trial.extend(account, number, count)
+        except QuotaExceeded:
+            with pytest.raises(QuotaExceeded):
+                self.pool.check_room(account, rows)
+            return
+        self.pool.check_room(account, rows)
+        for number, count in rows.items():
+            self._grow((account, number), count)
 
     @precondition(lambda self: any(self.expected.values()))
     @rule(data=st.data())
@@ -303,6 +323,7 @@ def test_full_shared_pages_are_not_copied():
         (lambda pool: pool.fork(0, 7, 1, 0, 8), "there is no sequence 7"),
         (lambda pool: pool.extend(0, 7, 1), "there is no sequence 7"),
         (lambda pool: pool.rollback(0, 7, 0), "there is no sequence 7"),
+        (lambda pool: pool.check_room(0, {7: 1}), "there is no sequence 7"),
         (lambda pool: pool.drop(0, 7), "there is no sequence 7"),
         (lambda pool: pool.sequence(0, 7), "there is no sequence 7"),
     ],
