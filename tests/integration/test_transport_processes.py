@@ -151,6 +151,8 @@ async def test_a_killed_server_and_its_successor(start, client_tls):
         process.wait(10)
         with pytest.raises(ConnectionLost):
             await asyncio.wait_for(waiting, 2)
+        with pytest.raises((ConnectionLost, Unreachable)):
+            await channel.describe()
         with pytest.raises(Unreachable, match="is the server running"):
             await channel.open_stream()
         await asyncio.to_thread(start, address)

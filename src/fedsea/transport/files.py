@@ -25,8 +25,6 @@ def write_atomically(path: Path, data: bytes, *, mode: int, overwrite: bool) -> 
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(descriptor)
         _put_in_place(temporary, path, overwrite=overwrite)
     finally:
         temporary.unlink(missing_ok=True)

@@ -136,10 +136,8 @@ class GrpcChannel(Channel):
         channel = await self._connected()
         method: _Stream = channel.stream_stream(SESSION)
         call = method(metadata=self._metadata)
-        try:
+        with suppress(aio.AioRpcError):  # the server objects already, which `receive` reports
             await call.wait_for_connection()
-        except aio.AioRpcError as error:
-            raise _error_of_rpc(error) from None
         return _GrpcClientStream(call, self._options.max_message_bytes)
 
     async def close(self) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import errno
 import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
@@ -25,6 +25,7 @@ from fedsea.errors import (
     ConnectionLost,
     DeadlineExceeded,
     Draining,
+    FedseaError,
     SecurityError,
     Unauthenticated,
 )
@@ -55,6 +56,8 @@ SERVICE = "fedsea.v1.Trunk"
 RETRY_WHEN_FULL = 1.0
 RETRY_WHEN_DRAINING = 5.0
 PROBE_TIMEOUT = 5.0
+FLUSH_SECONDS = 1.0  # for the last answers of a drain to reach their clients
+UNCOUNTED_STREAMS = 64  # per connection, for Describe and health beside the sessions
 
 _Context: TypeAlias = "aio.ServicerContext[bytes, bytes]"
 
@@ -121,11 +124,11 @@ class GrpcServer:
         bound = Address(self._address.host, self._bind(server))
         await server.start()
         self._server = server
-        if self._tls and await asyncio.to_thread(accepts_tls12, bound.from_here, PROBE_TIMEOUT):
+        try:
+            await self._require_tls13(bound)
+        except FedseaError:
             await self.stop()
-            raise SecurityError(
-                "gRPC was imported before fedsea and accepts TLS 1.2: import fedsea.transport first"
-            )
+            raise
         await self._report(serving=True)
         return bound
 
@@ -143,17 +146,23 @@ class GrpcServer:
             self._expired = True
             for session in tuple(self._sessions):
                 session.cancel()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(1.0):
-                    await self._idle.wait()
-        await self.stop()
+        await self._stop(FLUSH_SECONDS)
 
     async def stop(self) -> None:
         """Stop at once; running sessions are cancelled. Safe to repeat."""
+        await self._stop(None)
+
+    async def _stop(self, grace: float | None) -> None:
         server, self._server = self._server, None
         if server is not None:
-            await server.stop(None)
+            await server.stop(grace)
             await settle()
+
+    async def _require_tls13(self, bound: Address) -> None:
+        if self._tls and await asyncio.to_thread(accepts_tls12, bound.from_here, PROBE_TIMEOUT):
+            raise SecurityError(
+                "gRPC was imported before fedsea and accepts TLS 1.2: import fedsea.transport first"
+            )
 
     async def _report(self, *, serving: bool) -> None:
         answer = health_pb2.HealthCheckResponse
@@ -263,7 +272,7 @@ def _channel_arguments(options: ServerOptions) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", options.max_message_bytes),
         ("grpc.max_send_message_length", options.max_message_bytes),
-        ("grpc.max_concurrent_streams", options.max_streams),
+        ("grpc.max_concurrent_streams", options.max_streams + UNCOUNTED_STREAMS),
         ("grpc.server_handshake_timeout_ms", round(options.handshake_timeout * 1000)),
         ("grpc.keepalive_time_ms", round(options.keepalive * 1000)),
         ("grpc.keepalive_timeout_ms", round(options.keepalive_timeout * 1000)),

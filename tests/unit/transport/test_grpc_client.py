@@ -285,11 +285,13 @@ async def test_a_server_that_comes_back(proxy, client_tls):
     """After a failed attempt the next one is made at once, without waiting out a back-off."""
     port = int(proxy.address.rsplit(":", 1)[1])
     async with GrpcChannel(proxy.address, client_tls) as channel:
-        await channel.describe()
+        stream = await channel.open_stream()
         await proxy.stop()
+        with pytest.raises(ConnectionLost):
+            await stream.receive()
         for _ in range(3):
-            with pytest.raises(Unreachable):
-                await channel.open_stream()
+            with pytest.raises((ConnectionLost, Unreachable)):
+                await channel.describe()
         await proxy.start(port)
         async with asyncio.timeout(1):
             assert await channel.describe() == b"acme"

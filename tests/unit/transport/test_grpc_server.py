@@ -189,10 +189,11 @@ async def test_streams_are_bounded(serve, client_tls):
         first = await one.open_stream()
         await first.send(b"hello")
         assert await first.receive() == b"hello"
-        refused = await two.open_stream()
-        with pytest.raises(Capacity, match="no free stream") as caught:
-            await refused.receive()
-        assert caught.value.retry_after == 1.0
+        for channel in (one, two):
+            refused = await channel.open_stream()
+            with pytest.raises(Capacity, match="no free stream") as caught:
+                await refused.receive()
+            assert caught.value.retry_after == 1.0
         await first.half_close()
         assert [await first.receive(), await first.receive()] == [b"bye", None]
         again = await two.open_stream()
