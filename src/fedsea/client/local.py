@@ -169,13 +169,21 @@ class LocalParts:
         for pool, account in zip(self.pools, accounts, strict=True):
             pool.close(account)
 
-    def run_bottom(self, job: BottomJob) -> asyncio.Future[Tensor]:
+    async def run_bottom(self, job: BottomJob) -> Tensor:
         """Rows (n, hidden) at the first cut."""
-        return self._bottom_turns.submit(job)
+        if self._is_alone():
+            return self._run_bottom([job])[0]
+        return await self._bottom_turns.submit(job)
 
-    def run_top(self, job: TopJob) -> asyncio.Future[TopResult]:
+    async def run_top(self, job: TopJob) -> TopResult:
         """Logits, and the next token when the job has a sampler."""
-        return self._top_turns.submit(job)
+        if self._is_alone():
+            return self._run_top([job])[0]
+        return await self._top_turns.submit(job)
+
+    def _is_alone(self) -> bool:
+        """With one sequence in all there is nobody to share a turn with."""
+        return self.bottom.pool.num_sequences == 1
 
     def _run_bottom(self, jobs: Sequence[BottomJob]) -> list[Tensor]:
         batch = self.bottom.advance([NewRows(j.account, j.sequence, j.count) for j in jobs])

@@ -9,42 +9,44 @@ from __future__ import annotations
 import tempfile
 import weakref
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import deque
 from typing import IO
 
 from fedsea.errors import LocalProtocolError
 
 DEFAULT_MEMORY = 256 * 2**20
+# References of dropped sequences are swept out when there are this many.
+_MANY_RELEASES = 65536
 
 
 class Release:
     """Bytes of some rows: in memory, or at `offset` of the spill file."""
 
-    __slots__ = ("__weakref__", "data", "offset", "size")
+    __slots__ = ("__weakref__", "_store", "data", "offset", "size")
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, store: ReleaseStore) -> None:
         self.size = len(data)
         self.data: bytes | None = data
         self.offset = 0
+        self._store = store
+
+    def __del__(self) -> None:
+        if self.data is not None:
+            self._store.memory_bytes -= self.size
 
 
 class ReleaseStore:
     """Holds the releases of many sequences within a memory budget of `max_memory` bytes.
 
-    A release leaves the store when no log refers to it any more.
+    A release leaves the store when no log refers to it any more. `memory_bytes` are held in memory.
     """
 
     def __init__(self, max_memory: int = DEFAULT_MEMORY) -> None:
+        self.memory_bytes = 0
         self._max_memory = max_memory
-        self._in_memory = 0
-        self._oldest_first: OrderedDict[int, weakref.ref[Release]] = OrderedDict()
+        self._oldest_first: deque[weakref.ref[Release]] = deque()
         self._file: IO[bytes] | None = None
         self._file_end = 0
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes held in memory."""
-        return self._in_memory
 
     @property
     def spilled_bytes(self) -> int:
@@ -53,16 +55,15 @@ class ReleaseStore:
 
     def put(self, data: bytes) -> Release:
         """Keep bytes; the oldest ones leave memory when the budget is exceeded."""
-        release = Release(data)
-        key = id(release)
-        self._oldest_first[key] = weakref.ref(release)
-        weakref.finalize(release, self._left, key, release.size)
-        self._in_memory += release.size
-        while self._in_memory > self._max_memory:
-            _, oldest = self._oldest_first.popitem(last=False)
-            spilled = oldest()
-            if spilled is not None:
-                self._spill(spilled)
+        release = Release(data, self)
+        self.memory_bytes += release.size
+        self._oldest_first.append(weakref.ref(release))
+        while self.memory_bytes > self._max_memory and self._oldest_first:
+            oldest = self._oldest_first.popleft()()
+            if oldest is not None:
+                self._spill(oldest)
+        if len(self._oldest_first) > _MANY_RELEASES:
+            self._forget_dead()
         return release
 
     def read(self, release: Release) -> bytes:
@@ -80,19 +81,21 @@ class ReleaseStore:
             self._file.close()
             self._file = None
 
-    def _left(self, key: int, size: int) -> None:
-        if self._oldest_first.pop(key, None) is not None:
-            self._in_memory -= size
+    def _forget_dead(self) -> None:
+        alive = deque(ref for ref in self._oldest_first if ref() is not None)
+        self._oldest_first = alive
 
     def _spill(self, release: Release) -> None:
+        if release.data is None:
+            return
         if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="fedsea-")  # noqa: SIM115 - closed in close()
+            self._file = tempfile.TemporaryFile(prefix="fedsea-")
         self._file.seek(self._file_end)
-        self._file.write(release.data or b"")
+        self._file.write(release.data)
         release.offset = self._file_end
         release.data = None
         self._file_end += release.size
-        self._in_memory -= release.size
+        self.memory_bytes -= release.size
 
 
 class ReleaseLog:

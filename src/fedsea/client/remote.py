@@ -81,6 +81,7 @@ class _Piece:
     start: int
     count: int
     want: Want
+    data: bytes | None = field(default=None, repr=False)
 
     @property
     def wanted(self) -> int:
@@ -92,7 +93,7 @@ class _Piece:
 class _OwedPiece(_Piece):
     """A piece whose rows somebody waits for."""
 
-    arrived: asyncio.Future[Tensor]
+    arrived: asyncio.Future[Tensor] = field(kw_only=True)
 
 
 @dataclass(slots=True)
@@ -231,10 +232,14 @@ class RemoteTrunk:
             raise self._failure
         log = self._chains[sequence].log
         start = len(log)
-        log.append(encode(rows, self._plan.up_codec))
-        piece = self._owed(sequence, start, rows.shape[0], want)
+        data = encode(rows, self._plan.up_codec)
+        log.append(data)
+        piece = self._owed(sequence, start, rows.shape[0], want, data)
         self._waiting.append(piece)
-        self._pump_soon()
+        if len(self._chains) == 1:
+            self._pump()
+        else:
+            self._pump_soon()
         return piece.arrived
 
     async def resume(self, answered: Mapping[int, int]) -> dict[int, asyncio.Future[Tensor]]:
@@ -295,9 +300,11 @@ class RemoteTrunk:
         self.traffic.bytes_up += len(data)
         link.outbox.put_nowait(data)
 
-    def _owed(self, sequence: int, start: int, count: int, want: Want) -> _OwedPiece:
+    def _owed(
+        self, sequence: int, start: int, count: int, want: Want, data: bytes | None = None
+    ) -> _OwedPiece:
         arrived: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
-        piece = _OwedPiece(sequence, start, count, want, arrived)
+        piece = _OwedPiece(sequence, start, count, want, data, arrived=arrived)
         self._unanswered.append(piece)
         return piece
 
@@ -313,12 +320,17 @@ class RemoteTrunk:
         while link and self._waiting and link.connection.pending < link.connection.limits.max_pending:
             pieces = self._next_pieces()
             segments = tuple(Segment(p.sequence, p.start, p.count, p.want) for p in pieces)
-            rows = b"".join(
-                self._chains[p.sequence].log.read(p.start, p.start + p.count) for p in pieces
-            )
+            rows = b"".join(map(self._bytes_of, pieces))
             link.sent.append(pieces)
             self.traffic.rows_up += sum(piece.count for piece in pieces)
             self._post(link, Append(next(self._ids), segments, rows))
+
+    def _bytes_of(self, piece: _Piece) -> bytes:
+        """What was released for the piece; bytes just made are not read back."""
+        data, piece.data = piece.data, None
+        if data is not None:
+            return data
+        return self._chains[piece.sequence].log.read(piece.start, piece.start + piece.count)
 
     def _next_pieces(self) -> list[_Piece]:
         """The longest run of waiting pieces that share a message."""

@@ -130,6 +130,11 @@ class KVPool:
         return (self.num_pages - self._reserved) * self.page_rows
 
     @property
+    def num_sequences(self) -> int:
+        """Living sequences of all accounts."""
+        return sum(len(account.sequences) for account in self._accounts.values())
+
+    @property
     def num_accounts(self) -> int:
         """Open accounts."""
         return len(self._accounts)

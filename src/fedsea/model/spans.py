@@ -348,17 +348,20 @@ def _either(checkpoint: Checkpoint, name: str, tied: str) -> str:
     return tied if name not in checkpoint.tensors and tied_model else name
 
 
-def _load_head(checkpoint: Checkpoint, placement: Placement) -> nn.Linear:
+def _load_head(checkpoint: Checkpoint, placement: Placement) -> nn.Module:
     weight = checkpoint.tensor(_either(checkpoint, HEAD, EMBEDDING))
     head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     head.weight = nn.Parameter(weight.to(placement.device, placement.dtype), requires_grad=False)
     if "lm_head.bias" in checkpoint.tensors:
         bias = checkpoint.tensor("lm_head.bias").to(placement.device, placement.dtype)
         head.bias = nn.Parameter(bias, requires_grad=False)
+    if placement.quantization == "int8":
+        return linears.Int8Linear(head)
+    linears.use_fast_linears(head)
     return head
 
 
-def _head_only(config: PretrainedConfig, head: nn.Linear) -> nn.Module:
+def _head_only(config: PretrainedConfig, head: nn.Module) -> nn.Module:
     """transformers' causal-LM class around an empty model: it owns the scaling of the logits."""
     empty = span_config(config, Span(0, 0))
     with torch.device("meta"):
