@@ -36,7 +36,7 @@ _IGNORED = frozenset({"cache_position", "num_items_in_batch", "token_type_ids"})
 _SPARE_DRAFT_ROWS = 64
 
 
-class SplitForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # untyped bases
+class SplitForCausalLM(PreTrainedModel, GenerationMixin):
     """A causal language model whose trunk is served elsewhere.
 
     Make one with `connect` or `from_llm`. Its parameters are those of bottom and top. Outputs carry
@@ -193,16 +193,16 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc] 
         self.training = mode
         return self
 
-    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+    def tie_weights(self, *_: Any, **__: Any) -> None:
         """Nothing to do: embedding and head were tied, or not, when they were loaded."""
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
         """Refused: the trunk is not here."""
         raise ConfigError(
             "a split model cannot be saved: copy the checkpoint or use `fedsea split`"
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], *_: Any, **__: Any) -> Self:
         """Accept `to`, `cuda`, `half` and the like only where they change nothing.
 
         Raises:
@@ -222,7 +222,7 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc] 
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
         generation_mode: GenerationMode,
-        batch_size: int,
+        _batch_size: int,
         max_cache_length: int,
     ) -> None:
         """The cache of one call of `generate`, with room for the longest answer it may give."""

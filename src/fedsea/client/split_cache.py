@@ -286,13 +286,11 @@ class SplitLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unty
         """Keep some rows, given by number or by a mask."""
         self._select(torch.arange(len(self.rows))[indices.cpu()].tolist())
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> NoReturn:
+    def lazy_initialization(self, *_: Any, **__: Any) -> NoReturn:
         """Refused: keys and values never leave the blocks that made them."""
         raise _not_for_other_models()
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> NoReturn:
+    def update(self, *_: Any, **__: Any) -> NoReturn:
         """Refused: keys and values never leave the blocks that made them."""
         raise _not_for_other_models()
 
