@@ -28,7 +28,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from fedsea.errors import CheckpointError, PartitionError, UnsupportedModel
 from fedsea.model.partition import Partition
-from fedsea.model.tensor_files import TensorInfo, corrupt, read_header, sample
+from fedsea.model.tensor_files import TensorInfo, corrupt, open_file, read_header, sample
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -161,7 +161,7 @@ class Checkpoint:
         """
         hashes: dict[str, Any] = {}
         for file, names in sorted(self._names_by_file().items()):
-            with file.open("rb") as opened:
+            with open_file(file) as opened:
                 for name in names:
                     info = self.tensors[name]
                     digest = hashlib.sha256(f"{name} {info.dtype} {info.shape}".encode())
@@ -229,7 +229,7 @@ def _read_config(folder: Path) -> PretrainedConfig:
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {CONFIG_FILE}; give the folder of a checkpoint")
     model_type = _read_json(path).get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise UnsupportedModel(
             f"transformers {transformers.__version__} does not know the model type '{model_type}' "
             f"in {path}; update transformers or choose another model"

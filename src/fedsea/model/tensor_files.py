@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -50,15 +52,13 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: the file cannot be read, or its header breaks the format.
     """
-    try:
-        with file.open("rb") as opened:
-            file_size = file.stat().st_size
-            header_size = _header_size(file, opened, file_size)
+    with open_file(file) as opened:
+        file_size = opened.seek(0, os.SEEK_END)
+        header_size = _header_size(file, opened, file_size)
+        try:
             header = json.loads(opened.read(header_size))
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read; check its permissions") from error
-    except (ValueError, RecursionError) as error:
-        raise corrupt(file, "its header is not JSON") from error
+        except (ValueError, RecursionError) as error:
+            raise corrupt(file, "its header is not JSON") from error
     if not isinstance(header, dict):
         raise corrupt(file, "its header is not an object")
     start = _LENGTH_BYTES + header_size
@@ -69,6 +69,22 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     }
     _check_layout(file, tensors, start, file_size)
     return tensors
+
+
+@contextmanager
+def open_file(file: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading.
+
+    Raises:
+        CheckpointError: it cannot be opened or read.
+    """
+    try:
+        with file.open("rb") as opened:
+            yield opened
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error.strerror}); check that it is there and its permissions"
+        ) from error
 
 
 def corrupt(file: Path, reason: str) -> CheckpointError:
@@ -105,14 +121,14 @@ def write_tensors(
     with target.open("xb") as written:
         written.write(_encode_header(tensors))
         for info in tensors.values():
-            with info.file.open("rb") as opened:
-                for piece in _pieces(opened, info):
-                    written.write(piece)
-                    if on_bytes is not None:
-                        on_bytes(len(piece))
+            for piece in _pieces(info):
+                written.write(piece)
+                if on_bytes is not None:
+                    on_bytes(len(piece))
 
 
 def _header_size(file: Path, opened: BinaryIO, file_size: int) -> int:
+    opened.seek(0)
     size = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
     if file_size < _LENGTH_BYTES:
         raise corrupt(file, f"it has only {file_size} bytes")
@@ -168,9 +184,10 @@ def _encode_header(tensors: Mapping[str, TensorInfo]) -> bytes:
     return len(header).to_bytes(_LENGTH_BYTES, "little") + header
 
 
-def _pieces(opened: BinaryIO, info: TensorInfo) -> Iterator[bytes]:
-    for begin in range(0, info.size, _COPY_BYTES):
-        yield _read_at(opened, info, begin, min(_COPY_BYTES, info.size - begin))
+def _pieces(info: TensorInfo) -> Iterator[bytes]:
+    with open_file(info.file) as opened:
+        for begin in range(0, info.size, _COPY_BYTES):
+            yield _read_at(opened, info, begin, min(_COPY_BYTES, info.size - begin))
 
 
 def _read_at(opened: BinaryIO, info: TensorInfo, begin: int, count: int) -> bytes:
