@@ -1,0 +1,144 @@
+"""`fedsea generate`: one prompt, its answer as it comes, and what it took."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedsea.cli import screen
+from fedsea.cli.options import (
+    AsJson,
+    ClientModelOptions,
+    ConnectionOptions,
+    Model,
+    SamplingOptions,
+    flattened,
+)
+from fedsea.errors import RequestError
+
+if TYPE_CHECKING:
+    from fedsea.client.generation import Completion
+    from fedsea.client.llm import LLM
+    from fedsea.client.sampling import SamplingParams
+    from fedsea.transport.recording import Recorder
+
+
+@flattened
+def generate(
+    model: Model,
+    connection: ConnectionOptions,
+    parts: ClientModelOptions,
+    sampling: SamplingOptions,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="Text to continue; without it, standard input.", show_default=False),
+    ] = None,
+    n: Annotated[int, typer.Option(help="Samples of the answer.", rich_help_panel="Sampling")] = 1,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Show speed and traffic at the end.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text with MODEL, whose trunk is served elsewhere.
+
+    Text goes to standard output as it comes; notices and figures go to standard error.
+    """
+    text = read_prompt(prompt)
+    params = sampling.params(n)
+    recorder, notices = quiet_recorder(), []
+
+    def take_notice(line: str) -> None:
+        notices.append(line)
+        screen.notice(line)
+
+    with screen.loading(f"loading {Path(model).name}"):
+        llm = parts.connect(model, connection, take_notice, recorder)
+    with llm:
+        if as_json or n > 1:
+            completion = llm.generate(text, params)
+        else:
+            completion = show_stream(llm, text, params)
+    if as_json:
+        screen.write_json({**summary(completion, recorder), "notices": notices})
+    elif n > 1:
+        _show_samples(completion)
+    if stats:
+        show_stats(completion, recorder)
+
+
+def read_prompt(argument: str | None) -> str:
+    """The prompt from the command line or from standard input.
+
+    Raises:
+        RequestError: there is none.
+    """
+    if argument is not None:
+        return argument
+    if sys.stdin.isatty():
+        raise RequestError("there is no prompt: give PROMPT, or pipe text in")
+    text = sys.stdin.read().removesuffix("\n")
+    if not text:
+        raise RequestError("standard input is empty: give a prompt")
+    return text
+
+
+def quiet_recorder() -> Recorder:
+    """A recorder that counts and keeps nothing."""
+    from fedsea.transport.recording import Recorder
+
+    return Recorder(kept=0)
+
+
+def show_stream(llm: LLM, text: str, params: SamplingParams) -> Completion:
+    """Show an answer as it comes; Ctrl-C ends it."""
+    progress = screen.PromptBar()
+    stream = llm.stream(text, params, progress=progress)
+    try:
+        for piece in stream:
+            screen.write(piece)
+        return stream.result()
+    finally:
+        stream.cancel()
+        progress.close()
+        screen.write("\n")
+
+
+def summary(completion: Completion, recorder: Recorder) -> dict[str, Any]:
+    """What a program wants to know of an answer."""
+    return {
+        "text": completion.text,
+        "finish_reason": completion.finish_reason.value,
+        "token_ids": completion.token_ids,
+        "samples": [asdict(sample) for sample in completion.samples],
+        "prompt_tokens": completion.prompt_tokens,
+        "first_token_seconds": round(completion.timing.first_token, 6),
+        "seconds": round(completion.timing.total, 6),
+        "tokens_per_second": round(completion.tokens_per_second, 3),
+        "wire": {"up": asdict(recorder.up), "down": asdict(recorder.down)},
+    }
+
+
+def show_stats(completion: Completion, recorder: Recorder) -> None:
+    """Two lines: how fast, and what crossed the wire."""
+    tokens = sum(len(sample.token_ids) for sample in completion.samples)
+    timing = completion.timing
+    screen.detail(
+        f"{completion.prompt_tokens} tokens in, {tokens} out ({completion.finish_reason}) in "
+        f"{screen.seconds_text(timing.total)}; first token after "
+        f"{screen.seconds_text(timing.first_token)}, then "
+        f"{completion.tokens_per_second:.1f} tokens/s"
+    )
+    screen.detail(
+        f"wire: {recorder.up.messages} messages up with {screen.bytes_text(recorder.up.bytes)}, "
+        f"{recorder.down.messages} down with {screen.bytes_text(recorder.down.bytes)}"
+    )
+
+
+def _show_samples(completion: Completion) -> None:
+    for number, sample in enumerate(completion.samples, start=1):
+        screen.err.rule(f"sample {number}", align="left", style="dim")
+        screen.write(f"{sample.text}\n")

@@ -1,0 +1,149 @@
+"""How the demo looks: the picture of the cut, the streamed text, what crossed the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from fedsea.client.generation import Completion
+from fedsea.model.partition import Partition
+from fedsea.transport.recording import Direction, Message, Recorder
+from fedsea.wire.codecs import Codec, decode
+from fedsea.wire.framing import decode_event
+from fedsea.wire.limits import DEFAULT_LIMITS
+from fedsea.wire.messages import Append, Output, Role
+
+_SENDERS = {Direction.UP: Role.CLIENT, Direction.DOWN: Role.SERVER}
+_SHOWN_VALUES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """One direction of an answer: all of it, and its last message, which carries one row."""
+
+    messages: int
+    bytes: int
+    bytes_per_token: int
+    row: Tensor
+
+
+def flow(recorder: Recorder, direction: Direction, hidden_size: int) -> Flow:
+    """What went one way; rows travel as fp32."""
+    total = recorder.up if direction is Direction.UP else recorder.down
+    message, event = last_rows(recorder.messages, direction)
+    count = sum(segment.count for segment in event.segments)
+    rows = decode(event.rows, Codec.FP32, count, hidden_size)
+    return Flow(total.messages, total.bytes, len(message.data), rows[-1])
+
+
+def last_rows(messages: Iterable[Message], direction: Direction) -> tuple[Message, Append | Output]:
+    """The last message of one direction that carries rows, as bytes and as what they mean.
+
+    Raises:
+        LookupError: there is none.
+    """
+    for message in reversed(list(messages)):
+        if message.direction is direction:
+            event = decode_event(message.data, _SENDERS[direction], DEFAULT_LIMITS)
+            if isinstance(event, Append | Output):
+                return message, event
+    raise LookupError(f"no rows went {direction.value}")
+
+
+def introduce(console: Console, num_blocks: int, partition: Partition) -> None:
+    """The picture: who computes what."""
+    bottom, trunk = partition.bottom_span(), partition.trunk_span(num_blocks)
+    top = partition.top_span(num_blocks)
+    picture = Table.grid(padding=(0, 1))
+    for style in ("green", "dim", "yellow"):
+        picture.add_column(style=style, no_wrap=True)
+    picture.add_row("this process, trusted", "|", "second process, not trusted with text")
+    picture.add_row(f"text > tokenizer > embedding > blocks {bottom} >", "|", f"> blocks {trunk}")
+    picture.add_row(f"text < sample < lm_head < norm < blocks {top} <", "|", "<")
+    console.print(Panel(picture, title="fedsea demo", title_align="left", expand=False))
+
+
+def ready(console: Console, pid: int, address: str) -> None:
+    """The server is there."""
+    console.print(
+        f"process {pid} serves at {address}: TLS 1.3, certificates made for this run\n",
+        style="dim",
+        highlight=False,
+    )
+
+
+def prompt(console: Console, text: str) -> None:
+    """The beginning of a text."""
+    console.print(Text(text, style="bold"), end="", soft_wrap=True)
+
+
+def piece(console: Console, text: str) -> None:
+    """The next piece of an answer."""
+    console.print(Text(text), end="", soft_wrap=True)
+
+
+def end(console: Console) -> None:
+    """An answer is complete."""
+    console.print("\n")
+
+
+def event(console: Console, text: str) -> None:
+    """Something that happened to the connection, in the middle of a text."""
+    at_line_start = "\r" if console.is_terminal else ""
+    console.print(Text(f"\n{at_line_start}  > {text}", style="yellow"), soft_wrap=True)
+
+
+def wire(console: Console, recorder: Recorder, hidden_size: int) -> None:
+    """What crossed the wire for one answer, with values, and what did not."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    for _ in range(3):
+        table.add_column(justify="right")
+    table.add_column(no_wrap=True)
+    table.add_row("", "messages", "bytes", "per token", "one row of them", style="dim")
+    for name, direction in (("up", Direction.UP), ("down", Direction.DOWN)):
+        way = flow(recorder, direction, hidden_size)
+        table.add_row(
+            name, f"{way.messages}", f"{way.bytes:,}", f"{way.bytes_per_token:,} B", values(way.row)
+        )
+    words = Text.assemble(
+        "\nNever on the wire: text, token ids, logits, tokenizer, embedding, lm_head, keys.\n",
+        ("Mode plain: ", "bold"),
+        "rows travel as they are. Splitting alone is data minimisation, not\n"
+        "confidentiality: whoever runs the trunk can try to invert the rows.",
+    )
+    grid = Table.grid()
+    grid.add_row(table)
+    grid.add_row(words)
+    console.print(Panel(grid, title="what crossed the wire", title_align="left", expand=False))
+    console.print()
+
+
+def values(row: Tensor) -> str:
+    """The first numbers of a row (hidden,)."""
+    shown = ", ".join(f"{value:.2f}" for value in row[:_SHOWN_VALUES].tolist())
+    return f"[{shown}, … {row.shape[0]}]"
+
+
+def results(console: Console, completions: Sequence[Completion], *, equal: bool) -> None:
+    """Speed, and whether the tokens are those of the unsplit model."""
+    undisturbed = completions[0]
+    tokens = sum(len(completion.token_ids) for completion in completions)
+    verdict = (
+        Text(f"all {tokens} tokens equal those of the unsplit model", style="bold green")
+        if equal
+        else Text("the tokens DIFFER from those of the unsplit model", style="bold red")
+    )
+    figures = (
+        f"{undisturbed.tokens_per_second:,.0f} tokens/s, first token after "
+        f"{undisturbed.timing.first_token * 1e3:.0f} ms; computed again here by transformers:\n"
+    )
+    console.print(
+        Panel(Text.assemble(figures, verdict), title="result", title_align="left", expand=False)
+    )
