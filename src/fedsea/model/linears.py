@@ -1,8 +1,9 @@
 """Linear layers for inference: the fastest kernel of this machine, and int8 weights.
 
-torch sends fp32 products on CPUs to its BLAS, which is slow for few rows on some machines. oneDNN
-multiplies by the same unpacked weight. Which one wins depends on the machine, so it is measured
-once per process and shape class. Both give the same numbers up to rounding.
+torch sends small products on CPUs to its BLAS or to oneDNN with plain weights; both are far from
+the memory bandwidth for a few rows. oneDNN with weights packed once reaches it on most machines,
+so which of the two wins is measured once per process and dtype. Both give the same numbers up to
+rounding.
 
 int8: weights are symmetric per output channel; activations are quantized per row at run time, so a
 row's result never depends on the other rows (other tenants' rows) of the batch.
@@ -11,44 +12,64 @@ row's result never depends on the other rows (other tenants' rows) of the batch.
 from __future__ import annotations
 
 import functools
-import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from fedsea.errors import ConfigError
+
+PACKABLE = (torch.float32, torch.bfloat16)
+
+# Rows that the packed layout is made for; it serves one row and a whole prompt about as well.
+_PACKED_FOR_ROWS = 64
 _PROBE_SIZE = 1024
-# Together larger than a last-level cache, as the weights of a model are.
-_PROBE_WEIGHTS = 24
-_PROBE_REPEATS = 3
+# Together larger than a second-level cache, as the weights of a model are.
+_PROBE_WEIGHTS = 8
+_PROBE_REPEATS = 7
 
 
-def onednn_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``rows @ weight.T + bias`` by oneDNN; fp32 or bf16 on the CPU, inference only."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    return product
+class PackedLinear(nn.Module):
+    """A linear layer whose weight lies in oneDNN's packed layout.
 
+    Unpacking is exact, so gradients with respect to the input are those of the plain layer.
+    """
 
-class OneDNNLinear(nn.Linear):
-    """A linear layer that multiplies by oneDNN when no gradient is asked for."""
+    weight: Tensor
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own argument name
+    @torch.no_grad()
+    def __init__(self, source: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = source.in_features, source.out_features
+        self.bias = source.bias
+        self.register_buffer("weight", _pack(source.weight.detach()), persistent=False)
+
+    def forward(self, rows: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
         if torch.is_grad_enabled():
-            return linear(input, self.weight, self.bias)
-        return onednn_linear(input, self.weight, self.bias)
+            return linear(rows, self.weight.to_dense(), self.bias)
+        return _packed_product(rows, self.weight, self.bias)
 
 
 class Int8Linear(nn.Module):
     """A linear layer with int8 weights and per-row int8 activations.
 
-    Activations are mapped to 0..255 around 128 with scale absmax / 127 for each row; the product
+    Activations are mapped to 1..255 around 128 with scale absmax / 127 for each row; the product
     is exact in int32, so the only errors are the two roundings.
     """
 
+    scales: Tensor
+    zeros: Tensor
+
+    @torch.no_grad()
     def __init__(self, source: nn.Linear) -> None:
         super().__init__()
+        if source.weight.device.type != "cpu":
+            raise ConfigError(
+                "int8 weights are for the CPU; on a GPU use bf16, or a checkpoint quantized for it"
+            )
         self.in_features, self.out_features = source.in_features, source.out_features
         weight = source.weight.detach().float()
         scales = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127.0
@@ -59,7 +80,13 @@ class Int8Linear(nn.Module):
         self.bias = None if source.bias is None else nn.Parameter(source.bias.detach().float())
 
     def forward(self, rows: Tensor) -> Tensor:
-        """(..., in) to (..., out), in the dtype of the input."""
+        """(..., in) to (..., out), in the dtype of the input.
+
+        Raises:
+            ConfigError: a gradient was asked for.
+        """
+        if rows.requires_grad:
+            raise ConfigError("int8 weights give no gradients; load the span without quantization")
         flat = rows.reshape(-1, self.in_features).float()
         row_scales = flat.abs().amax(dim=1, keepdim=True).clamp_min_(1e-30) / 127.0
         codes = torch.round(flat / row_scales).add_(128.0).to(torch.uint8)
@@ -73,41 +100,80 @@ class Int8Linear(nn.Module):
         return product.reshape(*rows.shape[:-1], self.out_features).to(rows.dtype)
 
 
+def use_fast_linears(module: nn.Module) -> nn.Module:
+    """Replace the CPU linears of the module, or the module, by packed ones where that is faster."""
+    return _replace_linears(module, _packed_if_faster)
+
+
+def quantize_int8(module: nn.Module) -> nn.Module:
+    """Replace every linear of the module, or the module, by an `Int8Linear`.
+
+    Raises:
+        ConfigError: the weights are not on the CPU.
+    """
+    return _replace_linears(module, Int8Linear)
+
+
 @functools.cache
-def onednn_is_faster() -> bool:
-    """Whether oneDNN beats the BLAS for one fp32 row on this machine; takes a few milliseconds."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(
-        torch.ops.mkldnn, "_linear_pointwise"
-    ):
+def packing_is_faster(dtype: torch.dtype) -> bool:
+    """Whether packed weights win for one row on this machine; takes a few milliseconds."""
+    if dtype not in PACKABLE or not _packing_works(dtype):
         return False
-    weights = [torch.ones(_PROBE_SIZE, _PROBE_SIZE) for _ in range(_PROBE_WEIGHTS)]
-    row = torch.ones(1, _PROBE_SIZE)
-    blas, onednn = [], []
+    plain = [torch.ones(_PROBE_SIZE, _PROBE_SIZE, dtype=dtype) for _ in range(_PROBE_WEIGHTS)]
+    packed = [_pack(weight) for weight in plain]
+    row = torch.ones(1, _PROBE_SIZE, dtype=dtype)
     with torch.inference_mode():
-        for _ in range(_PROBE_REPEATS):
-            for weight in weights:
-                began = time.perf_counter()
-                linear(row, weight)
-                middle = time.perf_counter()
-                onednn_linear(row, weight, None)
-                blas.append(middle - began)
-                onednn.append(time.perf_counter() - middle)
-    return statistics.median(onednn) < statistics.median(blas)
+        seconds = _fastest(
+            lambda: [linear(row, weight) for weight in plain],
+            lambda: [_packed_product(row, weight, None) for weight in packed],
+        )
+    return seconds[1] < seconds[0]
 
 
-def use_fast_linears(module: nn.Module) -> None:
-    """Let every fp32 CPU linear of the module use oneDNN where that is faster."""
-    if not onednn_is_faster():
-        return
-    for child in module.modules():
-        if type(child) is nn.Linear and child.weight.dtype == torch.float32:
-            child.__class__ = OneDNNLinear
+def _fastest(*works: Callable[[], object]) -> list[float]:
+    """Least seconds of each work over interleaved repeats: other load only ever adds time."""
+    best = [float("inf")] * len(works)
+    for _ in range(_PROBE_REPEATS):
+        for index, work in enumerate(works):
+            began = time.perf_counter()
+            work()
+            best[index] = min(best[index], time.perf_counter() - began)
+    return best
 
 
-def quantize_int8(module: nn.Module) -> None:
-    """Replace every linear of the module by an `Int8Linear`."""
+def _packing_works(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops, "mkldnn"):
+        return False
+    try:
+        weight = torch.eye(16, dtype=dtype)
+        return torch.equal(_packed_product(weight, _pack(weight), None), weight)
+    except (RuntimeError, AttributeError):
+        # A torch build or a processor without this kernel for this dtype.
+        return False
+
+
+def _pack(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
+    return packed
+
+
+def _packed_product(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+    return product
+
+
+def _packed_if_faster(source: nn.Linear) -> nn.Module:
+    if source.weight.device.type != "cpu" or not packing_is_faster(source.weight.dtype):
+        return source
+    return PackedLinear(source)
+
+
+def _replace_linears(module: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    # Routers and other subclasses of nn.Linear keep their own forward.
+    if type(module) is nn.Linear:
+        return make(module)
     for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            setattr(module, name, Int8Linear(child))
-        else:
-            quantize_int8(child)
+        replacement = _replace_linears(child, make)
+        if replacement is not child:
+            setattr(module, name, replacement)
+    return module

@@ -217,11 +217,13 @@ def _load_blocks(
     attention.register()
     cls = _span_class(checkpoint.config, span, multiplied, final_norm)
     blocks = _from_pretrained(checkpoint, cls, span, placement)
+    return _prepare_linears(blocks, placement).requires_grad_(False)
+
+
+def _prepare_linears(module: nn.Module, placement: Placement) -> nn.Module:
     if placement.quantization == "int8":
-        linears.quantize_int8(blocks)
-    elif placement.device.type == "cpu" and placement.dtype == torch.float32:
-        linears.use_fast_linears(blocks)
-    return blocks.requires_grad_(False)
+        return linears.quantize_int8(module)
+    return linears.use_fast_linears(module)
 
 
 def span_config(config: PretrainedConfig, span: Span) -> Any:
@@ -355,10 +357,7 @@ def _load_head(checkpoint: Checkpoint, placement: Placement) -> nn.Module:
     if "lm_head.bias" in checkpoint.tensors:
         bias = checkpoint.tensor("lm_head.bias").to(placement.device, placement.dtype)
         head.bias = nn.Parameter(bias, requires_grad=False)
-    if placement.quantization == "int8":
-        return linears.Int8Linear(head)
-    linears.use_fast_linears(head)
-    return head
+    return _prepare_linears(head, placement)
 
 
 def _head_only(config: PretrainedConfig, head: nn.Module) -> nn.Module:
