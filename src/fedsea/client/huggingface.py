@@ -22,6 +22,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from fedsea.client.llm import LLM
 from fedsea.client.split_cache import (
+    PADDING_BETWEEN_TOKENS,
     NewColumns,
     Sessions,
     SplitCache,
@@ -97,7 +98,6 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         """
         return SplitCache(SplitLayer(self._sessions, max_length))
 
-    @torch.no_grad()
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -148,6 +148,7 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         if past_key_values is None:
             past_key_values = self.make_cache(0 if keeps_cache else input_ids.shape[1])
         layer = layer_of(past_key_values, self._sessions)
+        layer.check_batch(input_ids.shape[0])
         real = _real_columns(input_ids, attention_mask, layer)
         new = self._new_columns(input_ids, real)
         layer.check(new)
@@ -336,7 +337,7 @@ def _real_columns(input_ids: Tensor, attention_mask: Tensor | None, layer: Split
     present = attention_mask.cpu() != 0
     if layer.rows:
         cached = [len(row.ids) for row in layer.rows]
-        if len(cached) == batch and present[:, :past].sum(dim=1).tolist() != cached:
+        if present[:, :past].sum(dim=1).tolist() != cached:
             raise RequestError(
                 "the attention mask hides tokens that the cache holds, or shows padding; give the "
                 "mask of the earlier calls, extended"
@@ -350,10 +351,7 @@ def _columns(ids: list[int], present: list[bool]) -> NewColumns:
     first = present.index(True)
     end = len(present) - present[::-1].index(True)
     if False in present[first:end]:
-        raise RequestError(
-            "the attention mask has padding between tokens; only padding to the left or to the "
-            "right of all tokens of a row can be left out"
-        )
+        raise RequestError(PADDING_BETWEEN_TOKENS)
     return NewColumns(first, tuple(ids[first:end]), len(ids) - end)
 
 

@@ -26,6 +26,11 @@ from fedsea.errors import RequestError
 # Rows reserved beyond what is known to be needed when a caller may go on with the cache.
 _HEADROOM = 256
 
+PADDING_BETWEEN_TOKENS = (
+    "the attention mask has padding between tokens; only padding to the left or to the right of "
+    "all tokens of a row can be left out"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class NewColumns:
@@ -159,7 +164,7 @@ class Sessions:
             pending.result()
 
 
-class SplitLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
+class SplitLayer(CacheLayerMixin):
     """Stands for all blocks of a split model in a `transformers` cache.
 
     Args:
@@ -193,22 +198,26 @@ class SplitLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unty
         """Make the next session large enough for sequences of `max_length` rows."""
         self._max_length = max(self._max_length, max_length)
 
+    def check_batch(self, size: int) -> None:
+        """Refuse a batch of another size.
+
+        Raises:
+            RequestError: the rows of the batch are not those of the cache.
+        """
+        if self.rows and len(self.rows) != size:
+            raise RequestError(
+                f"the cache holds {len(self.rows)} rows and the batch has {size}; "
+                "give the cache that belongs to this batch"
+            )
+
     def check(self, new: Sequence[NewColumns]) -> None:
         """Refuse columns that do not belong behind these rows.
 
         Raises:
-            RequestError: another batch size, or padding between tokens.
+            RequestError: padding between tokens.
         """
-        if self.rows and len(self.rows) != len(new):
-            raise RequestError(
-                f"the cache holds {len(self.rows)} rows and the batch has {len(new)}; "
-                "give the cache that belongs to this batch"
-            )
         if self.rows and not all(map(CachedRow.fits, self.rows, new)):
-            raise RequestError(
-                "the attention mask has padding between tokens; only padding to the left or to "
-                "the right of all tokens of a row can be left out"
-            )
+            raise RequestError(PADDING_BETWEEN_TOKENS)
 
     async def extend(self, new: Sequence[NewColumns], keep: Sequence[int]) -> list[Tensor]:
         """Compute the next columns of every row, all rows together.
@@ -331,7 +340,7 @@ class SplitLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unty
         return max(length, min(wanted, self.sessions.context or wanted))
 
 
-class SplitCache(Cache):  # type: ignore[misc]  # transformers is untyped
+class SplitCache(Cache):
     """A cache for `past_key_values` of a split model.
 
     Args:
@@ -348,7 +357,7 @@ class SplitCache(Cache):  # type: ignore[misc]  # transformers is untyped
         return traffic
 
 
-def layer_of(cache: object, sessions: Sessions) -> SplitLayer:
+def layer_of(cache: Any, sessions: Sessions) -> SplitLayer:
     """The layer of a cache of this model; an empty `DynamicCache` becomes one.
 
     Raises:
