@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
@@ -75,22 +76,25 @@ async def _run(config: ServerConfig, announce: Callable[[str], None]) -> int:
     signals = _Signals()
     async with running(config) as server:
         announce(ready_line(server))
-        failed = server.service.engine.failed
-        assert failed is not None
-        stop = asyncio.ensure_future(signals.first.wait())
-        await asyncio.wait((stop, failed), return_when=asyncio.FIRST_COMPLETED)
-        stop.cancel()
-        if failed.done():
+        stopped = server.service.engine.stopped
+        await _first_of(signals.first.wait(), stopped.wait())
+        if stopped.is_set():
             return EXIT_FAILED
         _log.info("draining", sessions=server.service.num_sessions)
-        drain = asyncio.create_task(server.drain(config.server.drain_grace_s))
-        impatient = asyncio.create_task(signals.second.wait())
-        await asyncio.wait((drain, impatient), return_when=asyncio.FIRST_COMPLETED)
-        impatient.cancel()
-        if not drain.done():
-            drain.cancel()
+        await _first_of(server.drain(config.server.drain_grace_s), signals.second.wait())
         _log.info("stopped")
     return EXIT_STOPPED
+
+
+async def _first_of(*waits: Coroutine[Any, Any, object]) -> None:
+    """Wait for whichever ends first and cancel the others."""
+    tasks = [asyncio.create_task(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @asynccontextmanager

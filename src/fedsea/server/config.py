@@ -24,6 +24,7 @@ from fedsea.errors import ConfigError
 DTYPES = ("fp32", "bf16", "fp16")
 QUANTIZATIONS = ("none", "int8")
 DEVICES = ("cpu", "cuda", "mps")
+MIN_ROWS = 16
 LOG_FORMATS = ("console", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -108,7 +109,7 @@ class KVSection:
             parse_bytes("kv.memory", self.memory)
         for name in ("rows", "max_context"):
             if getattr(self, name) is not None:
-                _at_least(1, "kv", self, name)
+                _at_least(MIN_ROWS, "kv", self, name)
         _at_least(1, "kv", self, "page_rows")
 
 

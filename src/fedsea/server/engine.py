@@ -32,6 +32,8 @@ from fedsea.wire.codecs import Codec, decode, encode
 from fedsea.wire.messages import Append, Begin, Drop, Fork, Output, Rollback
 
 INTEGRITY_SECONDS = 1.0
+WARM_UP_ROWS = 32
+STOPPED = "the server has stopped computing: use another address, and tell its operator"
 FAILED_STEP = "the server failed to compute a step: open a new session, and tell its operator"
 
 WorkEvent = Begin | Fork | Rollback | Drop | Append
@@ -61,6 +63,13 @@ class Work:
     account: int | None = None
     queue: deque[tuple[WorkEvent, float]] = field(default_factory=deque)
     job: Job | None = None
+    submitted: int = 0
+    applied: int = 0
+
+    @property
+    def backlog(self) -> int:
+        """Events that wait; the loop counts what it submits, the engine what it applies."""
+        return self.submitted - self.applied
 
 
 @dataclass(slots=True)
@@ -89,6 +98,9 @@ class Engine:
         metrics: counts what happens.
         threads: torch's threads for one operation; 0 for torch's own number.
         clock: seconds that never run backwards.
+
+    Attributes:
+        stopped: set when nothing is computed any more, after `stop` or because of a defect.
     """
 
     def __init__(
@@ -116,36 +128,45 @@ class Engine:
         self._checked_at = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
-        self.failed: asyncio.Future[None] | None = None
+        self.stopped = asyncio.Event()
 
     # Called on the event loop
 
-    def start(self) -> None:
-        """Start the thread; results go to the running event loop."""
+    async def start(self) -> None:
+        """Start the thread and wait until a first step has run; results go to the running loop.
+
+        Raises:
+            ConfigError: the blocks cannot be computed as configured.
+        """
         self._loop = asyncio.get_running_loop()
-        self.failed = self._loop.create_future()
+        ready: asyncio.Future[None] = self._loop.create_future()
         self._thread.start()
+        self._inbox.put(partial(self._warm_up, ready))
+        await ready
 
     async def stop(self) -> None:
         """End the thread after the step that is running; open sessions get no more results."""
+        self.stopped.set()
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
-        if self.failed is not None:
-            self.failed.cancel()
 
     async def open(self, work: Work, reserve_rows: int) -> None:
         """Reserve KV rows for a session; `close` must follow, even after an error.
 
         Raises:
             Capacity: the pool has too few rows left.
+            FedseaError: the engine has stopped.
         """
         assert self._loop is not None
+        if self.stopped.is_set():
+            raise FedseaError(STOPPED)
         answer: asyncio.Future[None] = self._loop.create_future()
         self._inbox.put(partial(self._open, work, reserve_rows, answer))
         await answer
 
     def submit(self, work: Work, event: WorkEvent) -> None:
         """Apply an event of a session after those before it."""
+        work.submitted += 1
         self._inbox.put(partial(self._accept, work, event, self._clock()))
 
     def close(self, work: Work) -> None:
@@ -162,10 +183,37 @@ class Engine:
                 self.step()
                 self._deliver()
         except Exception as error:  # noqa: BLE001
-            # The bookkeeping is broken, so nothing may be computed with it any more. Only the
-            # type is logged: the text of a foreign error can hold anything.
+            # The bookkeeping is broken, so nothing may be computed with it any more.
             _log.critical("engine_stopped", error=type(error).__name__)
             self._call_loop(self._report_failure)
+
+    def _warm_up(self, ready: asyncio.Future[None]) -> None:
+        """Run a prompt and two decoding steps, so that the first client need not wait for either.
+
+        The second decoding step is what `StepCost` learns first.
+        """
+        refusal: FedseaError | None = None
+        account = self._pool.open(self._pool.num_rows)
+        try:
+            self._pool.begin(account, 0, self._pool.num_rows)
+            for count in (min(WARM_UP_ROWS, self._pool.num_rows - 2), 1, 1):
+                began = self._clock()
+                self._run_zeros(account, count)
+                seconds = self._clock() - began
+            self._scheduler.cost.record(1, 0, seconds)
+        except Exception as error:  # noqa: BLE001
+            refusal = ConfigError(
+                f"the blocks cannot be computed as configured ({type(error).__name__}); "
+                "choose another dtype, quantization or device"
+            )
+        finally:
+            self._pool.close(account)
+        self._call_loop(_answer, ready, refusal)
+
+    def _run_zeros(self, account: int, count: int) -> None:
+        placement = self._runner.placement
+        rows = torch.zeros(count, self._hidden_size, dtype=placement.dtype, device=placement.device)
+        self._runner.run(rows, self._runner.advance([NewRows(account, 0, count)])).cpu()
 
     def _receive(self) -> bool:
         """Handle what has come in, waiting when there is nothing to compute; False to stop."""
@@ -234,6 +282,7 @@ class Engine:
         try:
             while work.job is None and work.queue:
                 self._apply(work, *work.queue.popleft())
+                work.applied += 1
         except FedseaError as error:
             self._fail(work, error)
 
@@ -261,15 +310,7 @@ class Engine:
         shares = self._schedule(began)
         if not shares:
             return
-        try:
-            shares = self._run(shares)
-        except Exception as error:  # noqa: BLE001
-            # torch raises whatever its backend raises, such as out of memory. The rows of these
-            # sessions are in an unknown state; others are untouched.
-            _log.error("step_failed", error=type(error).__name__, sessions=len(shares))
-            for share in shares:
-                self._fail(share.work, FedseaError(FAILED_STEP))
-            return
+        self._run(shares)
         self._postprocess(shares, self._clock() - began)
 
     def _schedule(self, now: float) -> list[_Share]:
@@ -284,19 +325,25 @@ class Engine:
             shares.append(_Share(work, job, grant, data, pieces))
         return shares
 
-    def _run(self, shares: list[_Share]) -> list[_Share]:
-        """Compute the rows of all shares; returns those that went well."""
-        if len(shares) > 1:
-            shares.sort(key=_group)
-        finished: list[_Share] = []
-        for span, members in groupby(shares, key=lambda share: share.work.span):
-            group, rows = self._decode(list(members))
-            if not group:
-                continue
-            batch = self._runner.advance([new for share in group for new in share.new_rows()])
-            hidden = self._runner.run(rows, batch, span)
-            finished += self._encode(group, hidden)
-        return finished
+    def _run(self, shares: list[_Share]) -> None:
+        """Compute the rows of all shares and collect the wanted ones in their jobs."""
+        try:
+            if len(shares) > 1:
+                shares.sort(key=_group)
+            for span, members in groupby(shares, key=lambda share: share.work.span):
+                group, rows = self._decode(list(members))
+                if group:
+                    batch = self._runner.advance(
+                        [new for share in group for new in share.new_rows()]
+                    )
+                    self._encode(group, self._runner.run(rows, batch, span))
+        except Exception as error:  # noqa: BLE001
+            # torch raises whatever its backend raises, such as out of memory. The rows of these
+            # sessions are in an unknown state; others are untouched. Only the type is logged: the
+            # text of a foreign error can hold anything.
+            _log.error("step_failed", error=type(error).__name__, sessions=len(shares))
+            for share in shares:
+                self._fail(share.work, FedseaError(FAILED_STEP))
 
     def _decode(self, group: list[_Share]) -> tuple[list[_Share], Tensor]:
         """The rows of a group as one tensor, without the shares whose rows are refused."""
@@ -321,65 +368,70 @@ class Engine:
         rows = parts[0] if len(parts) == 1 else torch.cat(parts or [torch.empty(0)])
         return rows.to(placement.device)
 
-    def _encode(self, group: list[_Share], hidden: Tensor) -> list[_Share]:
-        """Write the wanted rows of a group into the answers; returns the shares that went well."""
+    def _encode(self, group: list[_Share], hidden: Tensor) -> None:
+        """Write the wanted rows of a group into the answers of their jobs."""
         offset = 0
-        wanted: dict[Codec, list[int]] = {}
+        numbers: dict[Codec, list[int]] = {}
         counts: dict[Codec, list[tuple[_Share, int]]] = {}
         for share in group:
             codec = share.work.down_codec
-            numbers = wanted.setdefault(codec, [])
-            before = len(numbers)
+            wanted = numbers.setdefault(codec, [])
+            before = len(wanted)
             for piece in share.pieces:
-                numbers.extend(range(offset + piece.wanted, offset + piece.count))
+                wanted.extend(range(offset + piece.wanted, offset + piece.count))
                 offset += piece.count
-            counts.setdefault(codec, []).append((share, len(numbers) - before))
-        failed: set[int] = set()
-        for codec, numbers in wanted.items():
-            if numbers:
-                rows = hidden if len(numbers) == len(hidden) else hidden[numbers]
-                failed |= self._write(counts[codec], rows, codec)
-        return [share for share in group if share.work.number not in failed] if failed else group
+            if len(wanted) > before:
+                counts.setdefault(codec, []).append((share, len(wanted) - before))
+        for codec, parts in counts.items():
+            wanted = numbers[codec]
+            self._write(parts, hidden if len(wanted) == len(hidden) else hidden[wanted], codec)
 
-    def _write(self, counts: list[tuple[_Share, int]], rows: Tensor, codec: Codec) -> set[int]:
-        """Give each share its part of `rows`; returns the sessions whose rows cannot be written."""
+    def _write(self, parts: list[tuple[_Share, int]], rows: Tensor, codec: Codec) -> None:
+        """Give each share its part of `rows`; one whose rows do not fit the codec ends."""
         try:
             data = encode(rows, codec)
         except LocalProtocolError as error:
-            if len(counts) == 1:
-                self._fail(counts[0][0].work, ConfigError(f"rows of the trunk do not fit: {error}"))
-                return {counts[0][0].work.number}
-            failed: set[int] = set()
-            for entry, part in zip(counts, rows.split([n for _, n in counts]), strict=True):
-                if entry[1]:
-                    failed |= self._write([entry], part, codec)
-            return failed
-        size = codec.row_bytes(self._hidden_size)
-        at = 0
-        for share, count in counts:
-            if count:
-                end = at + count * size
-                share.job.answer.append(data if end - at == len(data) else data[at:end])
-                at = end
-        return set()
+            if len(parts) == 1:
+                self._fail(
+                    parts[0][0].work, ConfigError(f"the trunk's output does not fit: {error}")
+                )
+                return
+            for part, own_rows in zip(parts, rows.split([n for _, n in parts]), strict=True):
+                self._write([part], own_rows, codec)
+            return
+        if len(parts) == 1:
+            parts[0][0].job.answer.append(data)
+            return
+        at, row_bytes = 0, codec.row_bytes(self._hidden_size)
+        for share, count in parts:
+            end = at + count * row_bytes
+            share.job.answer.append(data[at:end])
+            at = end
 
     def _postprocess(self, shares: list[_Share], seconds: float) -> None:
+        """Send the finished answers, offer what follows them, then count."""
+        answered: list[Output] = []
+        for share in shares:
+            work, job = share.work, share.job
+            job.compute += seconds
+            if job.is_done and work.job is job:
+                output = job.output()
+                answered.append(output)
+                self._results.append((work.receiver, output))
+                work.job = None
+                self._advance(work)
+        self._deliver()
+        self._count(shares, answered, seconds)
+
+    def _count(self, shares: list[_Share], answered: list[Output], seconds: float) -> None:
         prefill_rows = sum(share.grant.rows for share in shares if share.grant.is_prefill)
         decode_rows = sum(share.grant.rows for share in shares) - prefill_rows
-        if not shares:
-            return
         self._scheduler.cost.record(decode_rows, prefill_rows, seconds)
         self._metrics.step(decode_rows, prefill_rows, len(shares), seconds)
         for share in shares:
-            job = share.job
-            job.compute += seconds
             self._metrics.rows(share.work.tenant, share.grant.rows)
-            if job.is_done:
-                output = job.output()
-                self._metrics.answered(output)
-                self._results.append((share.work.receiver, output))
-                share.work.job = None
-                self._advance(share.work)
+        for output in answered:
+            self._metrics.answered(output)
 
     def _deliver(self) -> None:
         if self._results:
@@ -391,10 +443,9 @@ class Engine:
         self._loop.call_soon_threadsafe(function, *arguments)
 
     def _report_failure(self) -> None:
+        self.stopped.set()
         for work in self._works.values():
-            work.receiver.deliver(FedseaError(FAILED_STEP))
-        if self.failed is not None and not self.failed.done():
-            self.failed.set_result(None)
+            work.receiver.deliver(FedseaError(STOPPED))
 
 
 def _group(share: _Share) -> tuple[int, int, str]:

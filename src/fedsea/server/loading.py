@@ -12,7 +12,7 @@ from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.partition import Span
 from fedsea.model.runner import SpanRunner
 from fedsea.model.spans import BlockSpan, Placement, load_trunk
-from fedsea.server.config import KVSection, ModelSection, ServerConfig, parse_bytes
+from fedsea.server.config import MIN_ROWS, KVSection, ModelSection, ServerConfig, parse_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FREE_MEMORY_SHARE = 0.5
@@ -86,7 +86,7 @@ def _pool_rows(section: KVSection, blocks: BlockSpan, placement: Placement, cont
         rows = parse_bytes("kv.memory", section.memory) // row_bytes
     else:
         rows = min(int(free * FREE_MEMORY_SHARE) // row_bytes, context * MAX_SEQUENCES_BY_DEFAULT)
-    rows = max(rows // section.page_rows, 1) * section.page_rows
+    rows = -(-max(rows, MIN_ROWS) // section.page_rows) * section.page_rows
     if rows * row_bytes > free:
         raise OutOfMemory(
             f"a KV pool of {rows} rows takes {_mib(rows * row_bytes)} and {_mib(free)} are free; "

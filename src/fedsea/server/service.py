@@ -76,6 +76,8 @@ class TrunkService:
             config.quotas, config.server.max_sessions, config.kv.page_rows
         )
         self._sessions: set[Session] = set()
+        self._no_sessions = asyncio.Event()
+        self._no_sessions.set()
         self._draining = False
         self._watch()
 
@@ -85,7 +87,7 @@ class TrunkService:
         return cls(config, loading.load(config))
 
     async def __aenter__(self) -> Self:
-        self.engine.start()
+        await self.engine.start()
         return self
 
     async def __aexit__(
@@ -96,6 +98,7 @@ class TrunkService:
     ) -> None:
         for session in tuple(self._sessions):
             session.fail(SessionLost("the server has stopped; open the session again"))
+        await self._no_sessions.wait()
         await self.engine.stop()
 
     @property
@@ -144,8 +147,10 @@ class TrunkService:
         with self._admissions.admitted(peer.tenant, request.reserve_rows):
             try:
                 await self.engine.open(work, request.reserve_rows)
+                self._check_draining()
                 session.send(Opened(session_id, round(self._config.idle_timeout_s * 1000)))
                 self._sessions.add(session)
+                self._no_sessions.clear()
                 self.metrics.opened(peer.tenant)
                 _log.info(
                     "session_opened",
@@ -156,13 +161,14 @@ class TrunkService:
                 )
                 await session.serve(work)
             finally:
-                self._sessions.discard(session)
                 self.engine.close(work)
+                self._sessions.discard(session)
+                if not self._sessions:
+                    self._no_sessions.set()
 
     async def _request(self, stream: ServerStream, connection: Connection) -> Open | None:
         """The client's first message; None when it went away without one."""
-        if self._draining:
-            raise Draining("the server is stopping; use another address", RETRY_WHEN_DRAINING)
+        self._check_draining()
         try:
             async with asyncio.timeout(self._config.open_timeout_s):
                 data = await stream.receive()
@@ -173,6 +179,10 @@ class TrunkService:
         request = connection.receive(data)
         assert isinstance(request, Open)  # the table of states allows nothing else
         return request
+
+    def _check_draining(self) -> None:
+        if self._draining:
+            raise Draining("the server is stopping; use another address", RETRY_WHEN_DRAINING)
 
     def _check(self, request: Open) -> Span:
         if request.fingerprint != self.trunk.fingerprint:

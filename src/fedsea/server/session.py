@@ -16,6 +16,9 @@ from fedsea.transport.base import ServerStream
 from fedsea.wire.connection import Connection
 from fedsea.wire.messages import Begin, Close, Event, Fork, Notice
 
+MAX_BACKLOG = 1024
+BACKLOG_PAUSE = 0.01
+
 
 class Session:
     """Serves a session that has been opened.
@@ -66,7 +69,9 @@ class Session:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self._ended.cancel()
+            # Whatever else went wrong in the meantime is of no interest any more.
+            if not self._ended.cancel() and not self._ended.cancelled():
+                self._ended.exception()
 
     def send(self, event: Event) -> None:
         """Queue an event of ours for the client."""
@@ -103,9 +108,7 @@ class Session:
                 break
             self._check(event)
             self._engine.submit(work, event)  # type: ignore[arg-type]  # a server receives no other
-            if self._outbox.qsize() >= self._connection.limits.max_pending:
-                self._room.clear()
-                await self._room.wait()
+            await self._room_for_more(work)
         self._no_more_messages = True
         self._finish_when_answered()
 
@@ -116,6 +119,14 @@ class Session:
                 self._room.set()
         if not self._ended.done():
             self._ended.set_result(None)
+
+    async def _room_for_more(self, work: Work) -> None:
+        """Wait while too many outputs wait for the client, or too many events for the engine."""
+        if self._outbox.qsize() >= self._connection.limits.max_pending:
+            self._room.clear()
+            await self._room.wait()
+        while work.backlog > MAX_BACKLOG:  # noqa: ASYNC110 - so rare that the engine tells nobody
+            await asyncio.sleep(BACKLOG_PAUSE)
 
     def _check(self, event: Event) -> None:
         if isinstance(event, Begin | Fork) and event.capacity > self._max_context:

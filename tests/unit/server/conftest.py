@@ -15,6 +15,7 @@ from fedsea.transport.base import Peer
 from fedsea.transport.memory import MemoryChannel
 from fedsea.wire.codecs import Codec, decode, encode
 from fedsea.wire.connection import Connection
+from fedsea.wire.limits import DEFAULT_LIMITS
 from fedsea.wire.messages import (
     Append,
     Begin,
@@ -61,7 +62,7 @@ def make_config(checkpoint_folder):
     """Build a configuration of the tiny model from section tables."""
 
     def make(**sections):
-        table = {
+        table: dict[str, dict[str, object]] = {
             "server": {"model": str(checkpoint_folder), "address": "127.0.0.1:0"},
             "kv": {"rows": 2048, "page_rows": 8},
             "security": {"plaintext": True},
@@ -91,19 +92,27 @@ def serving(make_config):
 class Client:
     """One session, spoken by hand."""
 
-    def __init__(self, stream, *, up=Codec.FP32, down=Codec.FP32):
+    def __init__(self, stream, *, up=Codec.FP32, down=Codec.FP32, limits=DEFAULT_LIMITS):
         self.stream = stream
-        self.connection = Connection(Role.CLIENT, hidden_size=HIDDEN)
+        self.connection = Connection(Role.CLIENT, limits, hidden_size=HIDDEN)
         self.up, self.down = up, down
         self.notices = []
         self._next_id = 0
 
     @classmethod
-    async def open(cls, channel, fingerprint, *, span=(0, BLOCKS), rows=256, adapter="", **codecs):
+    async def open(cls, channel, fingerprint, *, span=(0, BLOCKS), rows=256, adapter="", **options):
         """Open a session and wait for the server's answer."""
-        client = cls(await channel.open_stream(), **codecs)
+        client = cls(await channel.open_stream(), **options)
         await client.send(
-            Open(fingerprint, *span, client.up, client.down, reserve_rows=rows, adapter=adapter)
+            Open(
+                fingerprint=fingerprint,
+                first_block=span[0],
+                end_block=span[1],
+                up_codec=client.up,
+                down_codec=client.down,
+                reserve_rows=rows,
+                adapter=adapter,
+            )
         )
         assert isinstance(await client.receive(), Opened)
         return client
@@ -161,7 +170,7 @@ class Client:
 def connect(fingerprint):
     """Open a session of a tenant on a service over the memory transport."""
 
-    async def open_client(service, tenant="local", **options):
+    async def open_client(service, tenant="local", fingerprint=fingerprint, **options):
         channel = MemoryChannel(service, Peer(tenant, "memory"))
         return await Client.open(channel, fingerprint, **options)
 
