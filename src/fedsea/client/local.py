@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from fedsea.client.lockstep import Lockstep
 from fedsea.client.sampling import Sampler, sample_batch
 from fedsea.errors import Capacity, FedseaError
 from fedsea.model.checkpoint import Checkpoint
@@ -72,30 +73,43 @@ class Turns(Generic[Job, Result]):
     def __init__(self, run: Callable[[Sequence[Job]], Sequence[Result]]) -> None:
         self._run = run
         self._waiting: list[tuple[Job, asyncio.Future[Result]]] = []
+        self._turn: asyncio.Handle | None = None
 
-    def submit(self, job: Job) -> asyncio.Future[Result]:
-        """Do the job in this turn, or in a later one when this one is full."""
+    def submit(self, job: Job, wait: float = 0.0) -> asyncio.Future[Result]:
+        """Do the job in this turn, or within `wait` seconds when others are worth waiting for."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Result] = loop.create_future()
-        if not self._waiting:
-            loop.call_soon(self._take_turn)
         self._waiting.append((job, done))
+        if self._turn is not None and wait <= 0:
+            self._turn.cancel()
+            self._turn = None
+        if self._turn is None:
+            self._turn = (
+                loop.call_later(wait, self._take_turn)
+                if wait > 0
+                else loop.call_soon(self._take_turn)
+            )
         return done
 
     def _take_turn(self) -> None:
+        self._turn = None
         taken = self._choose()
+        if taken:
+            self._do(taken)
+        if self._waiting and self._turn is None:
+            self._turn = asyncio.get_running_loop().call_soon(self._take_turn)
+
+    def _do(self, taken: Sequence[tuple[Job, asyncio.Future[Result]]]) -> None:
         try:
             results = self._run([job for job, _ in taken])
         except FedseaError as error:
             for _, done in taken:
                 if not done.done():
                     done.set_exception(error)
-        else:
-            for (_, done), result in zip(taken, results, strict=True):
-                if not done.done():
-                    done.set_result(result)
-        if self._waiting:
-            asyncio.get_running_loop().call_soon(self._take_turn)
+            return
+        for (_, done), result in zip(taken, results, strict=True):
+            if not done.done():
+                done.set_result(result)
 
     def _choose(self) -> list[tuple[Job, asyncio.Future[Result]]]:
         """The smallest jobs first, up to the limit, and always one."""
@@ -124,6 +138,7 @@ class LocalParts:
         self.bottom = bottom
         self.top_runner = top_runner
         self.top = top
+        self.lockstep = Lockstep()
         self._bottom_turns = Turns(self._run_bottom)
         self._top_turns = Turns(self._run_top)
 
@@ -179,7 +194,7 @@ class LocalParts:
         """Logits, and the next token when the job has a sampler."""
         if self._is_alone():
             return self._run_top([job])[0]
-        return await self._top_turns.submit(job)
+        return await self._top_turns.submit(job, self.lockstep.wait())
 
     def _is_alone(self) -> bool:
         """With one sequence in all there is nobody to share a turn with."""

@@ -171,6 +171,8 @@ class SplitSession:
         Returns:
             Logits (keep, vocabulary) and the token.
         """
+        if len(ids) == 1 and keep == 1:
+            return await self._step(sequence, ids, sampler)
         chunks = deque(ids.split(PREFILL_CHUNK))
         coming: deque[tuple[int, asyncio.Future[Tensor]]] = deque()
         unread = unsent = len(ids)
@@ -195,6 +197,17 @@ class SplitSession:
             if last:
                 logits = result.logits if len(kept) == 1 else torch.cat(kept)
                 return TopResult(logits, result.token)
+
+    async def _step(self, sequence: int, ids: Tensor, sampler: Sampler | None) -> TopResult:
+        """One token of a sequence, in step with the other sequences of this process."""
+        rows = await self._parts.run_bottom(BottomJob(self._accounts[0], sequence, ids))
+        arrival = self._trunk.append(sequence, rows, Want.LAST)
+        key = self._parts.lockstep.send()
+        try:
+            back = await arrival
+        finally:
+            self._parts.lockstep.back(key)
+        return await self._finish(sequence, back, 1, 1, sampler)
 
     def _want(self, *, keep_any: bool) -> Want:
         """The top reads every row; without blocks there it needs only those that give logits."""
