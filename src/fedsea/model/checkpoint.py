@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from fedsea.errors import CheckpointError, PartitionError, UnsupportedModel
-from fedsea.model.partition import Partition
+from fedsea.model.partition import Partition, Span
 from fedsea.model.tensor_files import TensorInfo, corrupt, open_file, read_header, sample
 
 CONFIG_FILE = "config.json"
@@ -117,6 +117,23 @@ class Checkpoint:
     def contents(self) -> str:
         """What the folder holds, for messages."""
         return f"{self.name} is {self.bundle}" if self.bundle else f"{self.name} is not complete"
+
+    def block_tensors(self, span: Span) -> dict[str, TensorInfo]:
+        """Tensors of the blocks of a span.
+
+        Raises:
+            CheckpointError: a block has none.
+        """
+        blocks = set(range(span.first, span.end))
+        found = {name: info for name, info in self.tensors.items() if block_of(name) in blocks}
+        absent = blocks - {block_of(name) for name in found}
+        if absent:
+            raise CheckpointError(f"there is no block {min(absent)}: {self.contents}; use another")
+        return found
+
+    def outer_tensors(self) -> dict[str, TensorInfo]:
+        """Tensors outside the blocks: embedding, final norm, head."""
+        return {name: info for name, info in self.tensors.items() if block_of(name) is None}
 
     def tensor(self, name: str) -> Tensor:
         """Memory-mapped tensor.

@@ -302,8 +302,8 @@ def _from_pretrained(
     missing = [block for block in range(span.first, span.end) if block not in present]
     if missing:
         raise CheckpointError(
-            f"{checkpoint.name} lacks blocks {missing[0]}..{missing[-1]}; "
-            "this bundle holds another span, or the files are not complete"
+            f"there are no blocks {missing[0]}..{missing[-1]}: {checkpoint.contents}; "
+            "use a checkpoint that has them"
         )
     with _QuietTransformers():
         blocks, report = cls.from_pretrained(
@@ -316,9 +316,8 @@ def _from_pretrained(
         )
     if report["missing_keys"]:
         raise CheckpointError(
-            f"{checkpoint.name} lacks {min(report['missing_keys'])} and "
-            f"{len(report['missing_keys']) - 1} more tensors of span {span}; "
-            "fetch the checkpoint again"
+            f"there is no {min(report['missing_keys'])} (of {len(report['missing_keys'])} tensors "
+            f"of span {span} that are missing): {checkpoint.contents}; use one that has them"
         )
     loaded: nn.Module = blocks.eval()
     return loaded

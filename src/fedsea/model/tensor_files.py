@@ -93,11 +93,12 @@ def corrupt(file: Path, reason: str) -> CheckpointError:
 
 
 def sample(opened: BinaryIO, info: TensorInfo, runs: int, run_bytes: int) -> bytes:
-    """A few runs of bytes spread evenly over a tensor; all of a tensor that is no larger."""
+    """A few runs of bytes spread evenly from its first to its last; all of a tensor that is no larger."""
     if info.size <= runs * run_bytes:
         return _read_at(opened, info, 0, info.size)
-    step = (info.size - run_bytes) // (runs - 1)
-    return b"".join(_read_at(opened, info, i * step, run_bytes) for i in range(runs))
+    last = info.size - run_bytes
+    starts = (i * last // (runs - 1) for i in range(runs))
+    return b"".join(_read_at(opened, info, start, run_bytes) for start in starts)
 
 
 def file_bytes(tensors: Mapping[str, TensorInfo]) -> int:
