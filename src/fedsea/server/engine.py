@@ -1,8 +1,10 @@
-"""Computes the rows of all sessions, step by step, in one thread of its own.
+"""Computes the rows of all sessions, step by step.
 
-The event loop hands work in through a queue and gets all results of a step back in one call. Only
-the engine's thread touches the scheduler, the KV pool and torch. A step that fails ends the
-sessions that took part in it; the engine goes on.
+The event loop hands work in through a queue and gets all results of a step back in one call; the
+engine's thread does the rest. A decoding step of the only session runs on the event loop itself
+when the engine has nothing to do: two changes of thread cost more than a small step gains from
+them. Whoever computes holds `_turn`: the scheduler, the KV pool and torch belong to its holder. A
+step that fails ends the sessions that took part in it; the engine goes on.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ from fedsea.wire.messages import Append, Begin, Drop, Fork, Output, Rollback
 
 INTEGRITY_SECONDS = 1.0
 WARM_UP_ROWS = 32
+# Appends of at most this many rows may be computed on the event loop.
+LOOP_ROWS = 16
 STOPPED = "the server has stopped computing: use another address, and tell its operator"
 FAILED_STEP = "the server failed to compute a step: open a new session, and tell its operator"
 
@@ -121,12 +125,17 @@ class Engine:
         self._threads = threads
         self._clock = clock
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        # Commands handed in, counted by the loop, and handled, counted under `_turn`.
+        self._handed_in = 0
+        self._handled = 0
+        self._turn = threading.Lock()
         self._works: dict[int, Work] = {}
         self._next_number = 0
         self._results: list[tuple[Receiver, Result]] = []
         self._unchecked = False
         self._checked_at = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_thread = 0
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self.stopped = asyncio.Event()
 
@@ -139,15 +148,17 @@ class Engine:
             ConfigError: the blocks cannot be computed as configured.
         """
         self._loop = asyncio.get_running_loop()
+        self._loop_thread = threading.get_ident()
+        self._set_threads()
         ready: asyncio.Future[None] = self._loop.create_future()
         self._thread.start()
-        self._inbox.put(partial(self._warm_up, ready))
+        self._hand_in(partial(self._warm_up, ready))
         await ready
 
     async def stop(self) -> None:
         """End the thread after the step that is running; open sessions get no more results."""
         self.stopped.set()
-        self._inbox.put(None)
+        self._hand_in(None)
         await asyncio.to_thread(self._thread.join)
 
     async def open(self, work: Work, reserve_rows: int) -> None:
@@ -161,27 +172,55 @@ class Engine:
         if self.stopped.is_set():
             raise FedseaError(STOPPED)
         answer: asyncio.Future[None] = self._loop.create_future()
-        self._inbox.put(partial(self._open, work, reserve_rows, answer))
+        self._hand_in(partial(self._open, work, reserve_rows, answer))
         await answer
 
     def submit(self, work: Work, event: WorkEvent) -> None:
         """Apply an event of a session after those before it."""
         work.submitted += 1
-        self._inbox.put(partial(self._accept, work, event, self._clock()))
+        accept = partial(self._accept, work, event, self._clock())
+        if not (self._is_small_and_alone(event) and self._take_turn_now(accept)):
+            self._hand_in(accept)
 
     def close(self, work: Work) -> None:
         """Forget a session and free its rows; safe to repeat."""
-        self._inbox.put(partial(self._close, work))
+        self._hand_in(partial(self._close, work))
 
-    # Called in the engine's thread
+    def _hand_in(self, command: Callable[[], None] | None) -> None:
+        self._handed_in += 1
+        self._inbox.put(command)
 
-    def _main(self) -> None:
+    def _is_small_and_alone(self, event: WorkEvent) -> bool:
+        return isinstance(event, Append) and event.count <= LOOP_ROWS and len(self._works) == 1
+
+    def _take_turn_now(self, accept: Callable[[], None]) -> bool:
+        """Compute on the event loop, if the engine is idle and nothing was handed in before."""
+        if not self._turn.acquire(blocking=False):
+            return False
+        try:
+            if self._handled != self._handed_in:
+                return False
+            accept()
+            self._compute()
+            left_over = self._scheduler.is_waiting
+        finally:
+            self._turn.release()
+        if left_over:
+            self._hand_in(_nothing)
+        return True
+
+    # Called by the holder of `_turn`, in the engine's thread unless said otherwise
+
+    def _set_threads(self) -> None:
+        """torch counts its threads for each thread that calls it."""
         if self._threads:
             torch.set_num_threads(self._threads)
+
+    def _main(self) -> None:
+        self._set_threads()
         try:
             while self._receive():
-                self.step()
-                self._deliver()
+                pass
         except Exception as error:  # noqa: BLE001
             # The bookkeeping is broken, so nothing may be computed with it any more.
             _log.critical("engine_stopped", error=type(error).__name__)
@@ -216,16 +255,35 @@ class Engine:
         self._runner.run(rows, self._runner.advance([NewRows(account, 0, count)])).cpu()
 
     def _receive(self) -> bool:
-        """Handle what has come in, waiting when there is nothing to compute; False to stop."""
+        """Wait for commands, handle all there are, and compute a step; False to stop."""
+        with self._turn:
+            patience = self._patience()
         try:
-            command = self._inbox.get(timeout=self._patience())
-            while command is not None:
+            command = self._inbox.get(timeout=patience)
+        except Empty:
+            with self._turn:
+                self._check_when_idle()
+                self._compute()
+            return True
+        with self._turn:
+            going = self._handle(command)
+            self._compute()
+        return going
+
+    def _handle(self, command: Callable[[], None] | None) -> bool:
+        try:
+            while True:
+                self._handled += 1
+                if command is None:
+                    return False
                 command()
                 command = self._inbox.get_nowait()
         except Empty:
-            self._check_when_idle()
             return True
-        return False
+
+    def _compute(self) -> None:
+        self.step()
+        self._deliver()
 
     def _patience(self) -> float | None:
         """Seconds to wait for work; None for as long as it takes."""
@@ -434,8 +492,13 @@ class Engine:
             self._metrics.answered(output)
 
     def _deliver(self) -> None:
-        if self._results:
-            results, self._results = self._results, []
+        """Hand all results to the event loop, by whichever thread has the turn."""
+        if not self._results:
+            return
+        results, self._results = self._results, []
+        if threading.get_ident() == self._loop_thread:
+            _deliver_all(results)
+        else:
             self._call_loop(_deliver_all, results)
 
     def _call_loop(self, function: Callable[..., None], *arguments: Any) -> None:
@@ -461,6 +524,10 @@ def _answer(answer: asyncio.Future[None], refusal: FedseaError | None) -> None:
         answer.set_result(None)
     else:
         answer.set_exception(refusal)
+
+
+def _nothing() -> None:
+    """A command that only wakes the engine."""
 
 
 def _deliver_all(results: Iterable[tuple[Receiver, Result]]) -> None:
