@@ -4,12 +4,17 @@ The rows of all sequences are packed along the sequence axis of a batch of one. 
 `attend` in place of its own attention; the layer's module knows its `KVContext`, which knows
 the batch now running and where its keys and values lie.
 
-Shapes: T packed rows, H query heads, G key-value heads, D head size, L rows of one sequence.
+Sequences that add one row each are read together where their keys begin at equal distances, in
+one strided view padded to the longest. A row past the end of a sequence has weight zero; it may
+belong to someone else, so what is kept is always finite (zero times a number is zero).
+
+Shapes: T packed rows, H query heads, G key-value heads, D head size, L rows of one sequence,
+B sequences read together, n new rows of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +27,10 @@ from fedsea.model.kv_cache import KVCache
 
 ATTENTION_NAME = "fedsea_ragged"
 
+# Reading together pads to the longest: worth it up to this factor, or up to this length.
+_MOST_PADDING = 2
+_SHORT = 256
+
 
 @dataclass(frozen=True, slots=True)
 class RowRun:
@@ -29,12 +38,6 @@ class RowRun:
 
     first: int
     rows: Tensor | None
-
-    def read(self, store: Tensor, start: int, end: int) -> Tensor:
-        """Rows ``[start, end)`` of the sequence, a view when they lie in one run."""
-        if self.rows is None:
-            return store[self.first + start : self.first + end]
-        return store[self.rows[start:end]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +49,76 @@ class BatchItem:
     count: int
     run: RowRun
 
+    @property
+    def end(self) -> int:
+        """Rows of the sequence after this step."""
+        return self.start + self.count
+
+    def first_key(self, window: int) -> int:
+        """First key position that any new row can read; window 0 means no window."""
+        return max(0, self.start + 1 - window) if window else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one kernel call reads: B sequences with n new rows each, L keys each.
+
+    `packed` are the packed rows of the queries. Keys of sequence b begin at row
+    ``first + b * stride``, or are the rows `gathered` (L,). `mask` is (B, n, L); None lets every
+    query read every key, or the keys up to its own when `is_causal`.
+    """
+
+    packed: slice | Tensor
+    sequences: int
+    count: int
+    length: int
+    first: int = 0
+    stride: int = 0
+    gathered: Tensor | None = None
+    mask: Tensor | None = None
+    is_causal: bool = False
+
+    def queries(self, rows: Tensor) -> Tensor:
+        """(T, H, D) to (B, n, H, D)."""
+        return rows[self.packed].unflatten(0, (self.sequences, self.count))
+
+    def keys(self, store: Tensor) -> Tensor:
+        """(rows, G, D) to (B, L, G, D), a view unless rows are gathered."""
+        if self.gathered is not None:
+            return store[self.gathered][None]
+        if self.sequences == 1:
+            return store[self.first : self.first + self.length][None]
+        row, head, element = store.stride()
+        together: Tensor = store.as_strided(
+            (self.sequences, self.length, *store.shape[1:]),
+            (self.stride * row, row, head, element),
+            store.storage_offset() + self.first * row,
+        )
+        return together
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All readings of a step; `order` puts their joined results in packed order, None is as is."""
+
+    readings: tuple[Reading, ...]
+    order: Tensor | None
+
 
 @dataclass(slots=True)
 class RaggedBatch:
     """One step: its items, their positions and the cache rows that they are written to.
 
     `position_ids` is (1, T). `slots` is (T,), or None when nothing is kept: then every item
-    starts at 0 and its rows attend to each other only, which is differentiable.
+    starts at 0 and its rows attend to each other only, which is differentiable. `store_rows` is
+    the number of rows of the cache that reading together may touch.
     """
 
     items: tuple[BatchItem, ...]
     position_ids: Tensor
     slots: Tensor | None
-    masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    store_rows: int = 0
+    plans: dict[int, Plan] = field(default_factory=dict)
 
     @classmethod
     def whole(cls, counts: Iterable[int], device: torch.device) -> RaggedBatch:
@@ -71,12 +131,13 @@ class RaggedBatch:
             offset += count
         return cls(tuple(items), torch.cat(positions)[None], None)
 
-    def mask(self, index: int, window: int) -> Tensor:
-        """Boolean mask (count, L) of item `index`; window 0 means no window."""
-        key = (index, window)
-        if key not in self.masks:
-            self.masks[key] = causal_mask(self.items[index], window, self.position_ids.device)
-        return self.masks[key]
+    def plan(self, window: int) -> Plan:
+        """How the layers with this sliding window read; made once per step."""
+        if window not in self.plans:
+            self.plans[window] = make_plan(
+                self.items, window, self.store_rows, self.position_ids.device
+            )
+        return self.plans[window]
 
 
 @dataclass(slots=True)
@@ -96,25 +157,105 @@ class KVContext:
         if self.cache is None:
             raise RuntimeError("the span has no cache yet; call new_cache first")
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys.index_copy_(0, batch.slots, new_keys)
-        values.index_copy_(0, batch.slots, new_values)
+        keys.index_copy_(0, batch.slots, _finite(new_keys))
+        values.index_copy_(0, batch.slots, _finite(new_values))
         return keys, values
 
 
+def _finite(rows: Tensor) -> Tensor:
+    return torch.nan_to_num(rows, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def make_plan(
+    items: Sequence[BatchItem], window: int, store_rows: int, device: torch.device
+) -> Plan:
+    """Join what can be read together; the rest is read one sequence at a time."""
+    readings: list[Reading] = []
+    joined: list[int] = []
+    single = [item for item in items if item.count == 1 and item.run.rows is None]
+    for group in _groups(single, window, store_rows):
+        readings.append(_read_together(group, window, device))
+        joined.extend(item.offset for item in group)
+    for item in items:
+        if item.count > 1 or item.run.rows is not None:
+            readings.append(_read_alone(item, window, device))
+            joined.extend(range(item.offset, item.offset + item.count))
+    if joined == list(range(len(joined))):
+        return Plan(tuple(readings), None)
+    return Plan(tuple(readings), torch.tensor(joined, device=device).argsort())
+
+
+def _groups(items: Sequence[BatchItem], window: int, store_rows: int) -> Iterator[list[BatchItem]]:
+    """Runs of items whose keys begin at equal distances and whose lengths are alike."""
+    group: list[BatchItem] = []
+    for item in sorted(items, key=lambda item: item.run.first + item.first_key(window)):
+        if group and not _fits([*group, item], window, store_rows):
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group
+
+
+def _fits(group: Sequence[BatchItem], window: int, store_rows: int) -> bool:
+    begins = [item.run.first + item.first_key(window) for item in group]
+    lengths = [item.end - item.first_key(window) for item in group]
+    longest = max(lengths)
+    return (
+        begins[-1] - begins[-2] == begins[1] - begins[0]
+        and begins[-1] + longest <= store_rows
+        and (longest <= _SHORT or longest * len(group) <= _MOST_PADDING * sum(lengths))
+    )
+
+
+def _read_together(group: Sequence[BatchItem], window: int, device: torch.device) -> Reading:
+    """One new row of each item; equal lengths need no mask."""
+    begins = [item.run.first + item.first_key(window) for item in group]
+    lengths = [item.end - item.first_key(window) for item in group]
+    longest, offsets = max(lengths), [item.offset for item in group]
+    mask = None
+    if min(lengths) < longest:
+        ends = torch.tensor(lengths, device=device)[:, None, None]
+        mask = torch.arange(longest, device=device) < ends
+    in_order = offsets == list(range(offsets[0], offsets[0] + len(offsets)))
+    return Reading(
+        packed=slice(offsets[0], offsets[0] + len(offsets))
+        if in_order
+        else torch.tensor(offsets, device=device),
+        sequences=len(group),
+        count=1,
+        length=longest,
+        first=begins[0],
+        stride=begins[1] - begins[0] if len(group) > 1 else 0,
+        mask=mask,
+    )
+
+
+def _read_alone(item: BatchItem, window: int, device: torch.device) -> Reading:
+    low = item.first_key(window)
+    is_causal = item.start == 0 and item.count > 1 and not (window and window < item.count)
+    masked = item.count > 1 and not is_causal
+    rows = item.run.rows
+    return Reading(
+        packed=slice(item.offset, item.offset + item.count),
+        sequences=1,
+        count=item.count,
+        length=item.end - low,
+        first=item.run.first + low,
+        gathered=None if rows is None else rows[low : item.end],
+        mask=causal_mask(item, window, device)[None] if masked else None,
+        is_causal=is_causal,
+    )
+
+
 def causal_mask(item: BatchItem, window: int, device: torch.device) -> Tensor:
-    """True where row `start + i` may read key position j; keys before the window are cut off."""
-    low = first_key(item, window)
-    queries = torch.arange(item.start, item.start + item.count, device=device)[:, None]
-    keys = torch.arange(low, item.start + item.count, device=device)[None, :]
+    """(n, L): True where row ``start + i`` may read a key; keys before the window are left out."""
+    queries = torch.arange(item.start, item.end, device=device)[:, None]
+    keys = torch.arange(item.first_key(window), item.end, device=device)[None, :]
     allowed = keys <= queries
     if window:
         allowed &= keys > queries - window
     return allowed
-
-
-def first_key(item: BatchItem, window: int) -> int:
-    """First key position that any row of the item can read."""
-    return max(0, item.start + 1 - window) if window else 0
 
 
 def attend(
@@ -145,51 +286,39 @@ def attend(
     if batch is None:
         raise RuntimeError("attention was called outside BlockSpan.run")
     keys, values = context.keep(batch, module.kv_layer, key, value)  # type: ignore[arg-type]
-    window = kwargs.get("sliding_window") or 0
+    plan = batch.plan(kwargs.get("sliding_window") or 0)
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    rows = query[0].transpose(0, 1)
     parts = []
-    for index, item in enumerate(batch.items):
-        end = item.start + item.count
-        low = first_key(item, window)
-        item_query = query[0, :, item.offset : item.offset + item.count]
-        item_keys = item.run.read(keys, low, end)
-        item_values = item.run.read(values, low, end)
+    for reading in plan.readings:
+        inputs = reading.queries(rows), reading.keys(keys), reading.keys(values)
         if softcap is None and sinks is None:
-            mask = None if item.count == 1 else batch.mask(index, window)
-            parts.append(_fused(item_query, item_keys, item_values, mask, scaling))
+            mixed = _fused(*inputs, reading, scaling)
         else:
-            parts.append(
-                _explicit(
-                    item_query,
-                    item_keys,
-                    item_values,
-                    batch.mask(index, window),
-                    scaling or query.shape[-1] ** -0.5,
-                    softcap,
-                    sinks,
-                )
-            )
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), None
+            mixed = _explicit(*inputs, reading, scaling or query.shape[-1] ** -0.5, softcap, sinks)
+        parts.append(mixed.flatten(0, 1))
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return (joined if plan.order is None else joined[plan.order])[None], None
 
 
 def _fused(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float | None
+    query: Tensor, keys: Tensor, values: Tensor, reading: Reading, scaling: float | None
 ) -> Tensor:
-    """Scores through torch's fused kernel: query (H, n, D), keys and values (L, G, D)."""
-    heads, count, size = query.shape
-    groups = keys.shape[1]
-    if count == 1:
+    """Scores through torch's fused kernel: (B, n, H, D), keys and values (B, L, G, D)."""
+    heads, groups = query.shape[2], keys.shape[2]
+    mask = None if reading.mask is None else reading.mask[:, None]
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    if reading.count == 1:
         # One row reads every key, so the query heads of a group are simply more rows.
-        folded = query.reshape(1, groups, heads // groups, size)
-        mixed = scaled_dot_product_attention(
-            folded, keys.transpose(0, 1)[None], values.transpose(0, 1)[None], scale=scaling
-        )
-        return mixed.reshape(1, 1, heads, values.shape[-1])
+        folded = query.reshape(-1, groups, heads // groups, query.shape[3])
+        mixed = scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scaling)
+        return mixed.reshape(-1, 1, heads, values.shape[3])
     mixed = scaled_dot_product_attention(
-        query[None],
-        keys.transpose(0, 1)[None],
-        values.transpose(0, 1)[None],
+        query.transpose(1, 2),
+        keys,
+        values,
         attn_mask=mask,
+        is_causal=reading.is_causal,
         scale=scaling,
         enable_gqa=groups != heads,
     )
@@ -200,27 +329,29 @@ def _explicit(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    mask: Tensor,
+    reading: Reading,
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
     """Scores written out, for soft-capped logits (Gemma 2) and attention sinks (gpt-oss)."""
-    heads, count, size = query.shape
-    groups = keys.shape[1]
-    folded = query.reshape(groups, heads // groups, count, size)
-    scores = torch.einsum("ghnd,lgd->ghnl", folded, keys) * scaling
+    heads, groups = query.shape[2], keys.shape[2]
+    folded = query.unflatten(2, (groups, heads // groups))
+    scores = torch.einsum("bnghd,blgd->bghnl", folded, keys) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    mask = reading.mask
+    if reading.is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()[None]
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
     if sinks is not None:
-        column = sinks.reshape(groups, heads // groups, 1, 1).expand(-1, -1, count, 1)
+        column = sinks.reshape(groups, -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, column.to(scores.dtype)], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     if sinks is not None:
         weights = weights[..., :-1]
-    mixed = torch.einsum("ghnl,lgd->nghd", weights, values)
-    return mixed.reshape(1, count, heads, values.shape[-1])
+    return torch.einsum("bghnl,blgd->bnghd", weights, values).flatten(2, 3)
 
 
 def register() -> None:

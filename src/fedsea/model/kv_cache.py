@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedsea.model.kv_pool import PageCopy
+
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +31,7 @@ class KVShape:
 class KVCache:
     """Keys and values of a span: `keys[i]` and `values[i]` are (rows, heads, head size).
 
-    Memory is taken from the system as rows are first written.
+    All rows are zero at first. On the CPU, memory is taken from the system as rows are written.
     """
 
     def __init__(
@@ -35,12 +39,10 @@ class KVCache:
     ) -> None:
         self.num_rows = num_rows
         self.keys: list[Tensor] = [
-            torch.empty(num_rows, shape.heads, shape.key_size, dtype=dtype, device=device)
-            for shape in shapes
+            _zeros((num_rows, shape.heads, shape.key_size), dtype, device) for shape in shapes
         ]
         self.values: list[Tensor] = [
-            torch.empty(num_rows, shape.heads, shape.value_size, dtype=dtype, device=device)
-            for shape in shapes
+            _zeros((num_rows, shape.heads, shape.value_size), dtype, device) for shape in shapes
         ]
 
     def copy_page(self, copy: PageCopy, page_rows: int) -> None:
@@ -48,3 +50,14 @@ class KVCache:
         source, target = copy.source * page_rows, copy.target * page_rows
         for store in (*self.keys, *self.values):
             store[target : target + copy.rows] = store[source : source + copy.rows]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch writes its zeros; numpy leaves them to the system until a page is used.
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + _ALIGNMENT, dtype=np.uint8)
+    skipped = -memory.ctypes.data % _ALIGNMENT
+    flat = torch.from_numpy(memory)[skipped : skipped + size]
+    return flat.view(dtype).view(shape)

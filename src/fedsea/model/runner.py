@@ -70,6 +70,7 @@ class SpanRunner:
             tuple(items),
             torch.tensor(positions, device=device)[None],
             torch.tensor(slots, device=device),
+            self.cache.num_rows,
         )
 
     @torch.inference_mode()
