@@ -1,5 +1,66 @@
-"""Run a large language model of which only the outer blocks are on your own machine."""
+"""Run a large language model of which only the outer blocks are on your own machine.
+
+The names below are the public interface; each is loaded when it is first used, so that importing
+`fedsea` is quick.
+"""
+
+import importlib as _importlib
+import typing as _typing
+
+if _typing.TYPE_CHECKING:
+    from fedsea.client.generation import Completion, Sample
+    from fedsea.client.huggingface import SplitForCausalLM
+    from fedsea.client.llm import LLM
+    from fedsea.client.remote import Patience
+    from fedsea.client.sampling import FinishReason, SamplingParams
+    from fedsea.client.sessions import Chat, Session
+    from fedsea.errors import FedseaError
+    from fedsea.model.partition import Partition
+    from fedsea.transport.credentials import ClientTLS, Plaintext
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = [
+    "LLM",
+    "Chat",
+    "ClientTLS",
+    "Completion",
+    "FedseaError",
+    "FinishReason",
+    "Partition",
+    "Patience",
+    "Plaintext",
+    "Sample",
+    "SamplingParams",
+    "Session",
+    "SplitForCausalLM",
+    "__version__",
+]
+
+_HOMES = {
+    "LLM": "fedsea.client.llm",
+    "Chat": "fedsea.client.sessions",
+    "ClientTLS": "fedsea.transport.credentials",
+    "Completion": "fedsea.client.generation",
+    "FedseaError": "fedsea.errors",
+    "FinishReason": "fedsea.client.sampling",
+    "Partition": "fedsea.model.partition",
+    "Patience": "fedsea.client.remote",
+    "Plaintext": "fedsea.transport.credentials",
+    "Sample": "fedsea.client.generation",
+    "SamplingParams": "fedsea.client.sampling",
+    "Session": "fedsea.client.sessions",
+    "SplitForCausalLM": "fedsea.client.huggingface",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fedsea' has no attribute {name!r}")
+    member = getattr(_importlib.import_module(_HOMES[name]), name)
+    globals()[name] = member
+    return member
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

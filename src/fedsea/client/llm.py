@@ -313,9 +313,7 @@ def sampling_params(params: SamplingParams | None, options: Mapping[str, Any]) -
     return params if params is not None else SamplingParams.from_mapping(options)
 
 
-def _placement(
-    checkpoint: Checkpoint, dtype: str, device: str, quantization: str
-) -> Placement:
+def _placement(checkpoint: Checkpoint, dtype: str, device: str, quantization: str) -> Placement:
     if dtype == "auto":
         found = getattr(checkpoint.config, "dtype", None)
         chosen = found if isinstance(found, torch.dtype) else torch.float32

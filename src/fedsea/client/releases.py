@@ -89,7 +89,8 @@ class ReleaseStore:
         if release.data is None:
             return
         if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="fedsea-")
+            # Unnamed on disk: nobody else can open it, and it goes with the process.
+            self._file = tempfile.TemporaryFile(prefix="fedsea-")  # noqa: SIM115 - see close()
         self._file.seek(self._file_end)
         self._file.write(release.data)
         release.offset = self._file_end

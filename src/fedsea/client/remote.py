@@ -317,7 +317,9 @@ class RemoteTrunk:
         """Send what waits, as far as the protocol lets us run ahead of the answers."""
         self._pump_is_due = False
         link = self._link
-        while link and self._waiting and link.connection.pending < link.connection.limits.max_pending:
+        while (
+            link and self._waiting and link.connection.pending < link.connection.limits.max_pending
+        ):
             pieces = self._next_pieces()
             segments = tuple(Segment(p.sequence, p.start, p.count, p.want) for p in pieces)
             rows = b"".join(map(self._bytes_of, pieces))
@@ -360,7 +362,7 @@ class RemoteTrunk:
                 else:
                     self._preferred = self._endpoints.index(endpoint)
                     return
-            wait = max(pause, _shortest_wait(refusals)) * random.uniform(0.8, 1.2)  # noqa: S311 - jitter
+            wait = max(pause, _shortest_wait(refusals)) * random.uniform(0.8, 1.2)
             if time.monotonic() + wait > deadline or not _worth_waiting(refusals):
                 raise _gave_up(refusals, within, self._endpoints)
             await asyncio.sleep(wait)

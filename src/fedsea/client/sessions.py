@@ -134,7 +134,9 @@ class Session:
             held = self._split.length(self._sequence)
             return self._split.fork(self._sequence, held, self._max_tokens)
 
-        forked = Session(self._llm, self._split, self._llm.background.run(branch()), self._max_tokens)
+        forked = Session(
+            self._llm, self._split, self._llm.background.run(branch()), self._max_tokens
+        )
         forked._ids = list(self._ids)
         forked._shared = self._shared
         self._shared[0] += 1

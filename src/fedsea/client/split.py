@@ -93,9 +93,7 @@ class SplitSession:
     Calls for one sequence come one at a time; calls for different sequences run together.
     """
 
-    def __init__(
-        self, parts: LocalParts, trunk: RemoteTrunk, accounts: tuple[int, int]
-    ) -> None:
+    def __init__(self, parts: LocalParts, trunk: RemoteTrunk, accounts: tuple[int, int]) -> None:
         self._parts = parts
         self._trunk = trunk
         self._accounts = accounts
