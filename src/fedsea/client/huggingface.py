@@ -144,27 +144,25 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         )
         if input_ids is None or input_ids.ndim != 2 or not input_ids.numel():
             raise RequestError("there are no input_ids; give (batch, columns) with one at least")
-        keeps_cache = self._keeps_cache(past_key_values, use_cache, labels)
-        if past_key_values is None:
-            past_key_values = self.make_cache(0 if keeps_cache else input_ids.shape[1])
-        layer = layer_of(past_key_values, self._sessions)
+        if past_key_values is None and self._keeps_cache(input_ids, use_cache, labels):
+            past_key_values = self.make_cache()
+        layer = self._layer(past_key_values, input_ids.shape[1])
         layer.check_batch(input_ids.shape[0])
         real = _real_columns(input_ids, attention_mask, layer)
         new = self._new_columns(input_ids, real)
         layer.check(new)
         _check_positions(position_ids, real, layer)
         lowest, picked = _kept_columns(logits_to_keep, input_ids.shape[1])
-        logits = self._logits(layer, new, real[:, lowest:])
-        if not keeps_cache:
-            layer.let_go()
+        if past_key_values is None:
+            logits = self._logits_without_cache(new, real[:, lowest:])
+        else:
+            logits = self._logits(layer, new, real[:, lowest:])
         if picked is not None:
             logits = logits[:, picked]
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
-        output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=past_key_values if keeps_cache else None
-        )
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
         if return_dict is None:
             return_dict = self.config.return_dict
         return output if return_dict else output.to_tuple()
@@ -265,13 +263,22 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
             )
 
     def _keeps_cache(
-        self, past_key_values: Cache | None, use_cache: bool | None, labels: Tensor | None
+        self, input_ids: Tensor, use_cache: bool | None, labels: Tensor | None
     ) -> bool:
-        if past_key_values is not None:
-            return True
-        if use_cache is None:
-            return labels is None and bool(getattr(self.config, "use_cache", True))
-        return use_cache
+        """Without a word about it, a cache is kept as by default, except where it is for nothing.
+
+        That is when a loss is asked for, and when the batch is too large for this process to hold.
+        """
+        if use_cache is not None:
+            return use_cache
+        batch, columns = input_ids.shape
+        wanted = labels is None and bool(getattr(self.config, "use_cache", True))
+        return wanted and batch <= self._sessions.room_for(columns)
+
+    def _layer(self, past_key_values: Cache | None, max_length: int) -> SplitLayer:
+        if past_key_values is None:
+            return SplitLayer(self._sessions, max_length)
+        return layer_of(past_key_values, self._sessions)
 
     def _new_columns(self, input_ids: Tensor, real: Tensor) -> list[NewColumns]:
         """The batch as rows of tokens.
@@ -293,6 +300,18 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def _vocabulary(self) -> int:
         return int(self.config.get_text_config().vocab_size)
+
+    def _logits_without_cache(self, new: Sequence[NewColumns], wanted: Tensor) -> Tensor:
+        """As `_logits`, for as many rows at once as this process has room for."""
+        longest = max(len(columns.ids) for columns in new)
+        size = max(1, self._sessions.room_for(longest))
+        parts = []
+        for first in range(0, len(new), size):
+            layer = self._layer(None, max(1, longest))
+            part = slice(first, first + size)
+            parts.append(self._logits(layer, new[part], wanted[part]))
+            layer.let_go()
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _logits(self, layer: SplitLayer, new: Sequence[NewColumns], wanted: Tensor) -> Tensor:
         """Logits (batch, kept, vocabulary) of the columns that hold tokens; zeros elsewhere."""

@@ -22,6 +22,7 @@ from fedsea.client.background import Background, Pending
 from fedsea.client.remote import Traffic
 from fedsea.client.split import SplitModel, SplitSession
 from fedsea.errors import RequestError
+from fedsea.model.kv_pool import pages_for
 
 # Rows reserved beyond what is known to be needed when a caller may go on with the cache.
 _HEADROOM = 256
@@ -128,9 +129,12 @@ class Sessions:
         """Most rows of one sequence; 0 when nothing limits them."""
         return self.split.description.max_context
 
-    def has_room(self, rows: int) -> bool:
-        """Whether this process could reserve that many rows now."""
-        return all(rows <= pool.unreserved_rows for pool in self.split.parts.pools)
+    def room_for(self, capacity: int) -> int:
+        """How many sequences of a capacity in rows this process could open now."""
+        return min(
+            pool.unreserved_rows // (pages_for(max(1, capacity), pool.page_rows) * pool.page_rows)
+            for pool in self.split.parts.pools
+        )
 
     async def open(self, sequences: int, capacity: int) -> Lease:
         """Open a session for a number of sequences of a capacity in rows.
@@ -335,7 +339,7 @@ class SplitLayer(CacheLayerMixin):
             wanted = self._max_length
         else:
             wanted = roomy(length)
-            if not self.sessions.has_room(sequences * wanted):
+            if self.sessions.room_for(wanted) < sequences:
                 wanted = length
         return max(length, min(wanted, self.sessions.context or wanted))
 

@@ -17,7 +17,7 @@ from transformers import (
 from fedsea.client.huggingface import SplitForCausalLM
 from fedsea.client.llm import LLM
 from fedsea.client.split_cache import CachedRow, NewColumns
-from fedsea.errors import ConfigError, PromptTooLong, RequestError
+from fedsea.errors import Capacity, ConfigError, PromptTooLong, RequestError
 from fedsea.server.config import ServerConfig
 from fedsea.server.service import TrunkService
 from fedsea.transport.memory import MemoryChannel
@@ -233,6 +233,38 @@ class TestParity:
         """A prompt of more rows than one message holds gives the same logits."""
         x = torch.randint(3, VOCABULARY, (2, 240), generator=torch.manual_seed(0))
         close_to(split.model(x).logits, split.whole(x).logits)
+
+    def test_batch_larger_than_this_process_holds(self, folders):
+        """Scoring takes as many rows at a time as fit, and keeps no cache then."""
+        split = Split(folders["llama"], kv_rows=64)
+        x = torch.randint(3, VOCABULARY, (5, 20), generator=torch.manual_seed(0))
+        output = split.model(x)
+        close_to(output.logits, split.whole(x).logits)
+        assert output.past_key_values is None
+        with pytest.raises(Capacity):
+            split.model(x, use_cache=True)
+        split.close()
+
+    def test_lm_eval(self, split):
+        """The `hf` model of lm-eval scores and generates over the split as over the whole model."""
+        reason = "lm-eval is not installed; it comes with the extra `evaluation`"
+        hf = pytest.importorskip("lm_eval.models.huggingface", reason=reason)
+        instance = pytest.importorskip("lm_eval.api.instance").Instance
+        pairs = [("w5 w17", " w33 w8"), ("w9", " w41 w3 w4"), ("w70 w71 w72", " w6")]
+        until = {"until": ["w44"], "max_gen_toks": 12, "do_sample": False}
+        answers = []
+        for model in (split.model, split.whole):
+            evaluator = hf.HFLM(model, tokenizer=split.llm.tokenizer, batch_size=2, max_length=64)
+            scores = evaluator.loglikelihood(
+                [instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True
+            )
+            texts = evaluator.generate_until(
+                [instance("generate_until", {}, (text, until), 0) for text, _ in pairs],
+                disable_tqdm=True,
+            )
+            answers.append((torch.tensor(scores), texts))
+        close_to(answers[0][0], answers[1][0])
+        assert answers[0][1] == answers[1][1]
 
 
 class TestCache:
