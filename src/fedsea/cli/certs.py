@@ -63,7 +63,7 @@ def server(
         (files.certificate, "the server"),
         (files.key, "the server only, never a client"),
     )
-    screen.detail("on the server: fedsea serve MODEL --certs DIR, with these three files in DIR")
+    screen.detail("there: fedsea serve MODEL --certs DIR, with these three files in DIR")
 
 
 @app.command("client")
@@ -85,7 +85,7 @@ def client(
         (files.certificate, f"the client {tenant}"),
         (files.key, f"the client {tenant} only, never the server"),
     )
-    screen.detail("on the client: fedsea generate MODEL --certs DIR, with these three files in DIR")
+    screen.detail("there: fedsea generate MODEL --certs DIR, with these three files in DIR")
 
 
 @app.command("token")
@@ -104,9 +104,9 @@ def token(
     made = add_token(file, tenant, days=days)
     screen.write(f"{made}\n")
     _show((file, "the server: fedsea serve --tokens"))
-    screen.detail(f"the token above goes to {tenant} in a file: fedsea generate --token-file")
+    screen.detail(f"the token goes to {tenant}, in a file: fedsea generate --token-file FILE")
 
 
 def _show(*files: tuple[Path, str]) -> None:
     for path, owner in files:
-        screen.err.print(f"  {path}  [dim]->[/dim] {owner}", soft_wrap=True)
+        screen.detail(f"{path} -> {owner}")

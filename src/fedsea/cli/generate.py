@@ -58,10 +58,9 @@ def generate(
     with screen.loading(f"loading {Path(model).name}"):
         llm = parts.connect(model, connection, take_notice, recorder)
     with llm:
-        if as_json or n > 1:
-            completion = llm.generate(text, params)
-        else:
-            completion = show_stream(llm, text, params)
+        completion = (
+            llm.generate(text, params) if as_json or n > 1 else show_stream(llm, text, params)
+        )
     if as_json:
         screen.write_json({**summary(completion, recorder), "notices": notices})
     elif n > 1:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -49,7 +50,7 @@ def write_json(value: Mapping[str, Any]) -> None:
 
 def table(title: str, *columns: str) -> Table:
     """An empty table; all columns but the first are numbers."""
-    made = Table(title=title, title_justify="left", title_style="bold")
+    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         made.add_column(column, justify="right" if index else "left", no_wrap=index > 0)
     return made
@@ -138,7 +139,7 @@ class _Watched:
         self._advance(len(self._items), len(self._items))
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        return cast("Callable[..., None]", _ignore)
+        return _ignore
 
 
 def _ignore(*_: Any, **__: Any) -> None:

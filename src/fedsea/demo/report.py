@@ -63,7 +63,7 @@ def introduce(console: Console, num_blocks: int, partition: Partition) -> None:
     picture = Table.grid(padding=(0, 1))
     for style in ("green", "dim", "yellow"):
         picture.add_column(style=style, no_wrap=True)
-    picture.add_row("this process, trusted", "|", "second process, not trusted with text")
+    picture.add_row("this process (data owner)", "|", "second process (provider)")
     picture.add_row(f"text > tokenizer > embedding > blocks {bottom} >", "|", f"> blocks {trunk}")
     picture.add_row(f"text < sample < lm_head < norm < blocks {top} <", "|", "<")
     console.print(Panel(picture, title="fedsea demo", title_align="left", expand=False))
@@ -93,10 +93,14 @@ def end(console: Console) -> None:
     console.print("\n")
 
 
+def line_break(console: Console) -> None:
+    """Leave the line of an unfinished text."""
+    console.print()
+
+
 def event(console: Console, text: str) -> None:
-    """Something that happened to the connection, in the middle of a text."""
-    at_line_start = "\r" if console.is_terminal else ""
-    console.print(Text(f"\n{at_line_start}  > {text}", style="yellow"), soft_wrap=True)
+    """Something that happened to the connection."""
+    console.print(Text(f"  > {text}", style="yellow"), soft_wrap=True)
 
 
 def wire(console: Console, recorder: Recorder, hidden_size: int) -> None:
@@ -106,17 +110,17 @@ def wire(console: Console, recorder: Recorder, hidden_size: int) -> None:
     for _ in range(3):
         table.add_column(justify="right")
     table.add_column(no_wrap=True)
-    table.add_row("", "messages", "bytes", "per token", "one row of them", style="dim")
+    table.add_row("", "messages", "bytes", "per token", "the last row", style="dim")
     for name, direction in (("up", Direction.UP), ("down", Direction.DOWN)):
         way = flow(recorder, direction, hidden_size)
         table.add_row(
             name, f"{way.messages}", f"{way.bytes:,}", f"{way.bytes_per_token:,} B", values(way.row)
         )
     words = Text.assemble(
-        "\nNever on the wire: text, token ids, logits, tokenizer, embedding, lm_head, keys.\n",
+        "\nNever on the wire: text, token ids, logits, tokenizer, embedding, lm_head.\n",
         ("Mode plain: ", "bold"),
-        "rows travel as they are. Splitting alone is data minimisation, not\n"
-        "confidentiality: whoever runs the trunk can try to invert the rows.",
+        "rows travel as they are. Splitting alone is data minimisation,\n"
+        "not confidentiality: whoever runs the trunk can try to invert the rows.",
     )
     grid = Table.grid()
     grid.add_row(table)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import torch
 from rich.console import Console
@@ -48,12 +49,11 @@ class DemoOptions:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer, what crossed the wire for it, and how often the connection was resumed."""
+    """An answer to a prompt and what crossed the wire for it."""
 
     prompt: str
     completion: Completion
     recorder: Recorder
-    breaks: int
 
 
 def run(options: DemoOptions, console: Console) -> bool:
@@ -128,7 +128,7 @@ class _Provider:
             self._log,
         )
 
-    def __enter__(self) -> _Provider:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -147,7 +147,7 @@ class _Client:
         self._console = console
         self._recorder = Recorder()
         self._crash_due = False
-        self._breaks = 0
+        self._crashed = False
         channel = GrpcChannel(address, provider.client)
         self.llm = LLM.connect(
             options.model,
@@ -157,7 +157,7 @@ class _Client:
             on_notice=self._notice,
         )
 
-    def __enter__(self) -> _Client:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -165,28 +165,29 @@ class _Client:
 
     def answer(self, prompt: str, *, crash: bool = False) -> Answer:
         """Answer a prompt, with a crash of the server on the way or without."""
-        self._recorder, self._crash_due, self._breaks = Recorder(), crash, 0
+        self._recorder, self._crash_due = Recorder(), crash
         report.prompt(self._console, prompt)
         stream = self.llm.stream(prompt, max_new_tokens=self._options.max_new_tokens)
         for piece in stream:
             report.piece(self._console, piece)
         report.end(self._console)
-        return Answer(prompt, stream.result(), self._recorder, self._breaks)
+        return Answer(prompt, stream.result(), self._recorder)
 
     def _observe(self, message: Message) -> None:
         """Runs on the client's loop for every message."""
         self._recorder(message)
         if self._crash_due and self._recorder.down.messages >= OUTPUTS_BEFORE_KILL:
-            self._crash_due = False
+            self._crash_due, self._crashed = False, True
             self._provider.process.kill()
 
     def _notice(self, line: str) -> None:
         """Runs on the client's loop when the connection breaks and when it is back."""
-        if self._breaks == 0:
+        if self._crashed:
+            self._crashed = False
+            report.line_break(self._console)
             report.event(self._console, f"kill -9 {self._provider.process.pid}, the server")
             self._provider.restart(self._address)
-            line = f"{line}; process {self._provider.process.pid} takes its place"
-        self._breaks += 1
+            line = f"{line} at process {self._provider.process.pid}, started now"
         report.event(self._console, line)
 
 
