@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     StrictDataclassError,
 )
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from fedsea.errors import CheckpointError, PartitionError, UnsupportedModel
 from fedsea.model.partition import Partition, Span
 from fedsea.model.tensor_files import TensorInfo, corrupt, open_file, read_header, sample
+from fedsea.model.tensor_maps import TensorMaps
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -141,17 +141,20 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such tensor, or its file is corrupt.
         """
-        info = self.tensors.get(name)
-        if info is None:
-            raise CheckpointError(
-                f"there is no tensor {name}: {self.contents}; use one that has it"
-            )
-        try:
-            with safe_open(info.file, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise corrupt(info.file, "safetensors cannot read it") from error
-        return tensor
+        return self.map([name]).tensors[name]
+
+    def map(self, names: Iterable[str]) -> TensorMaps:
+        """Memory-map some tensors.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its file is corrupt.
+        """
+        infos = {}
+        for name in names:
+            if name not in self.tensors:
+                raise CheckpointError(f"there is no {name}: {self.contents}; use one that has it")
+            infos[name] = self.tensors[name]
+        return TensorMaps(infos)
 
     def fingerprint(self) -> str:
         """Hex digest of the configuration and of samples of every tensor.

@@ -30,6 +30,12 @@ _PROBE_SIZE = 1024
 _PROBE_WEIGHTS = 8
 _PROBE_REPEATS = 7
 
+Release = Callable[[Tensor], None]
+
+
+def _keep(weight: Tensor) -> None:
+    """Leave a weight that was replaced to the garbage collector."""
+
 
 class PackedLinear(nn.Module):
     """A linear layer whose weight lies in oneDNN's packed layout.
@@ -100,18 +106,23 @@ class Int8Linear(nn.Module):
         return product.reshape(*rows.shape[:-1], self.out_features).to(rows.dtype)
 
 
-def use_fast_linears(module: nn.Module) -> nn.Module:
-    """Replace the CPU linears of the module, or the module, by packed ones where that is faster."""
-    return _replace_linears(module, _packed_if_faster)
+def use_fast_linears(module: nn.Module, release: Release = _keep) -> nn.Module:
+    """Replace the CPU linears of the module, or the module, by packed ones where that is faster.
+
+    `release` is given each weight that was packed and is not needed any more.
+    """
+    return _replace_linears(module, _packed_if_faster, release)
 
 
-def quantize_int8(module: nn.Module) -> nn.Module:
+def quantize_int8(module: nn.Module, release: Release = _keep) -> nn.Module:
     """Replace every linear of the module, or the module, by an `Int8Linear`.
+
+    `release` is given each weight that was quantized and is not needed any more.
 
     Raises:
         ConfigError: the weights are not on the CPU.
     """
-    return _replace_linears(module, Int8Linear)
+    return _replace_linears(module, Int8Linear, release)
 
 
 @functools.cache
@@ -168,12 +179,17 @@ def _packed_if_faster(source: nn.Linear) -> nn.Module:
     return PackedLinear(source)
 
 
-def _replace_linears(module: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+def _replace_linears(
+    module: nn.Module, make: Callable[[nn.Linear], nn.Module], release: Release
+) -> nn.Module:
     # Routers and other subclasses of nn.Linear keep their own forward.
     if type(module) is nn.Linear:
-        return make(module)
+        made = make(module)
+        if made is not module:
+            release(module.weight)
+        return made
     for name, child in module.named_children():
-        replacement = _replace_linears(child, make)
+        replacement = _replace_linears(child, make, release)
         if replacement is not child:
             setattr(module, name, replacement)
     return module

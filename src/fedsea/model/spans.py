@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +21,10 @@ from transformers.utils import logging as transformers_logging
 from fedsea.errors import CheckpointError, PartitionError, UnsupportedModel
 from fedsea.model import attention, linears
 from fedsea.model.attention import KVContext, RaggedBatch
-from fedsea.model.checkpoint import Checkpoint
+from fedsea.model.checkpoint import Checkpoint, block_of
 from fedsea.model.kv_cache import KVCache, KVShape
 from fedsea.model.partition import Span
+from fedsea.model.tensor_maps import TensorMaps
 
 FAMILIES = frozenset(
     {
@@ -43,8 +43,6 @@ FAMILIES = frozenset(
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm."
 HEAD = "lm_head.weight"
-
-_BLOCK = re.compile(r"^model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +195,9 @@ def load_trunk(checkpoint: Checkpoint, span: Span, placement: Placement) -> Bloc
 
 def load_top(checkpoint: Checkpoint, span: Span, placement: Placement) -> Top:
     """The last blocks, the final norm and the head."""
-    blocks = _load_blocks(checkpoint, span, placement, multiplied=False, final_norm=True)
+    # The head is the largest weight: it comes first, while little else is in memory.
     head = _load_head(checkpoint, placement)
+    blocks = _load_blocks(checkpoint, span, placement, multiplied=False, final_norm=True)
     causal = _head_only(checkpoint.config, head)
     return Top(BlockSpan(blocks, span, takes_ids=False), causal)
 
@@ -216,14 +215,15 @@ def _load_blocks(
         raise PartitionError(f"span {span} is outside the model's {checkpoint.num_blocks} blocks")
     attention.register()
     cls = _span_class(checkpoint.config, span, multiplied, final_norm)
-    blocks = _from_pretrained(checkpoint, cls, span, placement)
-    return _prepare_linears(blocks, placement).requires_grad_(False)
+    maps = checkpoint.map(_tensor_names(checkpoint, span, final_norm))
+    blocks = _from_pretrained(checkpoint, cls, maps, span, placement)
+    return _prepare_linears(blocks, maps, placement).requires_grad_(False)
 
 
-def _prepare_linears(module: nn.Module, placement: Placement) -> nn.Module:
+def _prepare_linears(module: nn.Module, maps: TensorMaps, placement: Placement) -> nn.Module:
     if placement.quantization == "int8":
-        return linears.quantize_int8(module)
-    return linears.use_fast_linears(module)
+        return linears.quantize_int8(module, maps.release)
+    return linears.use_fast_linears(module, maps.release)
 
 
 def span_config(config: PretrainedConfig, span: Span) -> Any:
@@ -295,21 +295,29 @@ def _materialize_embedding(blocks: Any) -> nn.Embedding:
     return embedding
 
 
-def _from_pretrained(
-    checkpoint: Checkpoint, cls: Any, span: Span, placement: Placement
-) -> nn.Module:
-    present = _blocks_present(checkpoint)
-    missing = [block for block in range(span.first, span.end) if block not in present]
-    if missing:
-        raise CheckpointError(
-            f"there are no blocks {missing[0]}..{missing[-1]}: {checkpoint.contents}; "
-            "use a checkpoint that has them"
+def _tensor_names(checkpoint: Checkpoint, span: Span, final_norm: bool) -> list[str]:
+    """Names of what a span loads through transformers."""
+    if not any(block_of(name) is not None for name in checkpoint.tensors) and not checkpoint.bundle:
+        raise UnsupportedModel(
+            f"{checkpoint.name} does not name its blocks model.layers.N, as multimodal models and "
+            "bare base models do not; use a text-only checkpoint saved with its head"
         )
+    norm = [name for name in checkpoint.tensors if name.startswith(FINAL_NORM)]
+    return [*checkpoint.block_tensors(span), *(norm if final_norm else ())]
+
+
+def _from_pretrained(
+    checkpoint: Checkpoint, cls: Any, maps: TensorMaps, span: Span, placement: Placement
+) -> nn.Module:
     with _QuietTransformers():
         blocks, report = cls.from_pretrained(
-            checkpoint.folder,
+            None,
             config=_own_config(checkpoint.config),
-            key_mapping=_key_mapping(present, span),
+            state_dict=dict(maps.tensors),
+            key_mapping={
+                rf"^model\.layers\.{block}\.": f"layers.{block - span.first}."
+                for block in range(span.first, span.end)
+            },
             dtype=placement.dtype,
             device_map={"": str(placement.device)},
             output_loading_info=True,
@@ -323,26 +331,6 @@ def _from_pretrained(
     return loaded
 
 
-def _blocks_present(checkpoint: Checkpoint) -> set[int]:
-    present = {int(match.group(1)) for match in map(_BLOCK.match, checkpoint.tensors) if match}
-    if not present and checkpoint.bundle is None:
-        raise UnsupportedModel(
-            f"{checkpoint.name} does not name its blocks model.layers.N, as multimodal models and "
-            "bare base models do not; use a text-only checkpoint saved with its head"
-        )
-    return present
-
-
-def _key_mapping(present: set[int], span: Span) -> dict[str, str]:
-    """Renumber the blocks of the span from 0; send all other blocks where nothing looks."""
-    mapping = {}
-    for block in sorted(present):
-        inside = span.first <= block < span.end
-        target = f"layers.{block - span.first}." if inside else f"elsewhere.{block}."
-        mapping[rf"^model\.layers\.{block}\."] = target
-    return mapping
-
-
 def _either(checkpoint: Checkpoint, name: str, tied: str) -> str:
     """A tied model stores the embedding and the head once, under either name."""
     tied_model = getattr(checkpoint.config, "tie_word_embeddings", False)
@@ -350,13 +338,15 @@ def _either(checkpoint: Checkpoint, name: str, tied: str) -> str:
 
 
 def _load_head(checkpoint: Checkpoint, placement: Placement) -> nn.Module:
-    weight = checkpoint.tensor(_either(checkpoint, HEAD, EMBEDDING))
+    name = _either(checkpoint, HEAD, EMBEDDING)
+    maps = checkpoint.map([name])
+    weight = maps.tensors[name]
     head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     head.weight = nn.Parameter(weight.to(placement.device, placement.dtype), requires_grad=False)
     if "lm_head.bias" in checkpoint.tensors:
         bias = checkpoint.tensor("lm_head.bias").to(placement.device, placement.dtype)
         head.bias = nn.Parameter(bias, requires_grad=False)
-    return _prepare_linears(head, placement)
+    return _prepare_linears(head, maps, placement)
 
 
 def _head_only(config: PretrainedConfig, head: nn.Module) -> nn.Module:

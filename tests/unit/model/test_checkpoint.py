@@ -293,7 +293,7 @@ class TestFiles:
 
     def test_unknown_tensor(self, folder):
         """Asking for a tensor that is not there names it."""
-        with pytest.raises(CheckpointError, match=r"no tensor model\.nothing"):
+        with pytest.raises(CheckpointError, match=r"there is no model\.nothing"):
             Checkpoint.open(folder).tensor("model.nothing")
 
     def test_file_that_vanished(self, folder):
