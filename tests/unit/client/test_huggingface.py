@@ -1,6 +1,7 @@
 import copy
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -38,13 +39,23 @@ class Split:
             "security": {"plaintext": True},
         }
         self.service = TrunkService.load(ServerConfig.from_table(table))
-        channels = {"memory": lambda: MemoryChannel(self.service)}
+        self.channels = []
+        channels = {"memory": self.channel}
         self.llm = LLM.connect(folder, channels, **options)
         self.llm.background.run(self.service.__aenter__())
         self.model = SplitForCausalLM.from_llm(self.llm)
         self.whole = AutoModelForCausalLM.from_pretrained(
             folder, attn_implementation="eager"
         ).eval()
+
+    def channel(self):
+        self.channels.append(MemoryChannel(self.service))
+        return self.channels[-1]
+
+    def cut(self):
+        """Break every connection."""
+        for channel in self.channels:
+            self.llm.background.run(channel.cut())
 
     def close(self):
         self.model.close()
@@ -229,8 +240,18 @@ class TestParity:
         close_to(split.loss, any_family.whole(x, labels=labels).loss)
         assert split.past_key_values is None
 
-    def test_prompt_of_several_messages(self, split):
-        """A prompt of more rows than one message holds gives the same logits."""
+    @pytest.mark.parametrize("partition", [(0, 0), (0, 2), (3, 0)])
+    def test_partitions(self, folders, partition):
+        """Bottom and top may be without blocks; padded scoring and beams equal all the same."""
+        split = Split(folders["llama"], partition=partition)
+        x, mask = padded(UNEQUAL)
+        logits = split.model(x, attention_mask=mask, logits_to_keep=3).logits
+        close_to(logits, split.whole(x, attention_mask=mask, logits_to_keep=3).logits)
+        split.check_equal(x, attention_mask=mask, max_new_tokens=8, num_beams=3)
+        split.close()
+
+    def test_long_rows(self, split):
+        """Long rows of a batch, each in a message of its own, give the same logits."""
         x = torch.randint(3, VOCABULARY, (2, 240), generator=torch.manual_seed(0))
         close_to(split.model(x).logits, split.whole(x).logits)
 
@@ -305,6 +326,20 @@ class TestCache:
         whole = any_family.whole.generate(ids(PROMPT), max_new_tokens=14, **options)
         assert answer.tolist() == whole.tolist()
 
+    def test_beams_from_a_cache(self, any_family):
+        """A cache that is repeated for beams goes on in a session that has room for all of them."""
+        options = {"max_new_tokens": 7, "num_beams": 3}
+        answers = []
+        for model, cache in (
+            (any_family.model, any_family.model.make_cache()),
+            (any_family.whole, DynamicCache()),
+        ):
+            model(ids(PROMPT), past_key_values=cache)
+            cache.batch_repeat_interleave(3)
+            x = ids([*PROMPT, 50])
+            answers.append(model.generate(x, past_key_values=cache, **options))
+        assert answers[0].tolist() == answers[1].tolist()
+
     def test_grows(self, split):
         """A cache that outgrows its session opens a larger one and goes on."""
         cache = split.model.make_cache(max_length=4)
@@ -328,6 +363,28 @@ class TestCache:
             assert cache.get_seq_length() == 10
             logits.append(model(ids([7], [8], [9]), past_key_values=cache).logits)
         close_to(*logits)
+
+    def test_cut_connection(self, any_family):
+        """A connection that breaks between two calls costs no token."""
+        cache = any_family.model.make_cache()
+        options = {"do_sample": False, "eos_token_id": None}
+        first = any_family.model.generate(
+            ids(PROMPT), past_key_values=cache, max_new_tokens=4, **options
+        )
+        any_family.cut()
+        answer = any_family.model.generate(
+            first, past_key_values=cache, max_new_tokens=6, **options
+        )
+        whole = any_family.whole.generate(first, max_new_tokens=6, **options)
+        assert answer.tolist() == whole.tolist()
+
+    def test_threads(self, split):
+        """Calls of several threads have sessions of their own."""
+        options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+        with ThreadPoolExecutor(4) as pool:
+            answers = pool.map(lambda row: split.model.generate(ids(row), **options), UNEQUAL * 2)
+        for answer, row in zip(answers, UNEQUAL * 2, strict=True):
+            assert answer.tolist() == split.whole.generate(ids(row), **options).tolist()
 
     def test_deep_copy(self, any_family):
         """A copy continues on its own; the original is as before."""
