@@ -18,7 +18,7 @@ def demo(
         bool,
         typer.Option("--kill/--no-kill", help="Kill the server in the middle of a second answer."),
     ] = True,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 120,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 240,
     model: Annotated[
         Path | None,
         typer.Option(help="Folder of another model.", show_default="the packaged one"),

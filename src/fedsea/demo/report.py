@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +22,8 @@ from fedsea.wire.limits import DEFAULT_LIMITS
 from fedsea.wire.messages import Append, Output, Role
 
 _SENDERS = {Direction.UP: Role.CLIENT, Direction.DOWN: Role.SERVER}
-_SHOWN_VALUES = 5
+_SHOWN_VALUES = 4
+_WORDS = re.compile(r"\s+|\S+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,24 +81,44 @@ def ready(console: Console, pid: int, address: str) -> None:
     )
 
 
-def prompt(console: Console, text: str) -> None:
-    """The beginning of a text."""
-    console.print(Text(text, style="bold"), end="", soft_wrap=True)
+class Typewriter:
+    """Writes a text as it comes, and breaks its lines between words; threads may share it."""
 
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._lock = threading.Lock()
+        self._column = 0
+        self._gap = ""
+        self._word = ""
 
-def piece(console: Console, text: str) -> None:
-    """The next piece of an answer."""
-    console.print(Text(text), end="", soft_wrap=True)
+    def write(self, text: str, style: str = "") -> None:
+        """Take the next piece; its last word waits for what follows it."""
+        with self._lock:
+            for part in _WORDS.findall(text):
+                if part.isspace():
+                    self._put_word(style)
+                    self._gap += part
+                else:
+                    self._word += part
 
+    def end(self) -> None:
+        """Write what waits and leave the line."""
+        with self._lock:
+            self._put_word("")
+            self._gap = ""
+            self._column = 0
+            self._console.print()
 
-def end(console: Console) -> None:
-    """An answer is complete."""
-    console.print("\n")
-
-
-def line_break(console: Console) -> None:
-    """Leave the line of an unfinished text."""
-    console.print()
+    def _put_word(self, style: str) -> None:
+        gap, word = self._gap, self._word
+        if not word:
+            return
+        if "\n" not in gap and self._column + len(gap) + len(word) > self._console.width:
+            gap = "\n"
+        before = 0 if "\n" in gap else self._column
+        self._column = before + len(gap.rpartition("\n")[2]) + len(word)
+        self._gap = self._word = ""
+        self._console.print(Text(gap + word, style=style), end="", soft_wrap=True)
 
 
 def event(console: Console, text: str) -> None:
@@ -108,7 +131,7 @@ def wire(console: Console, recorder: Recorder, hidden_size: int) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column()
     for _ in range(3):
-        table.add_column(justify="right")
+        table.add_column(justify="right", no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_row("", "messages", "bytes", "per token", "the last row", style="dim")
     for name, direction in (("up", Direction.UP), ("down", Direction.DOWN)):

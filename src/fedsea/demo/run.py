@@ -148,6 +148,7 @@ class _Client:
         self._recorder = Recorder()
         self._crash_due = False
         self._crashed = False
+        self._page = report.Typewriter(console)
         channel = GrpcChannel(address, provider.client)
         self.llm = LLM.connect(
             options.model,
@@ -166,11 +167,12 @@ class _Client:
     def answer(self, prompt: str, *, crash: bool = False) -> Answer:
         """Answer a prompt, with a crash of the server on the way or without."""
         self._recorder, self._crash_due = Recorder(), crash
-        report.prompt(self._console, prompt)
+        self._page.write(prompt, style="bold")
         stream = self.llm.stream(prompt, max_new_tokens=self._options.max_new_tokens)
         for piece in stream:
-            report.piece(self._console, piece)
-        report.end(self._console)
+            self._page.write(piece)
+        self._page.end()
+        self._console.print()
         return Answer(prompt, stream.result(), self._recorder)
 
     def _observe(self, message: Message) -> None:
@@ -184,10 +186,10 @@ class _Client:
         """Runs on the client's loop when the connection breaks and when it is back."""
         if self._crashed:
             self._crashed = False
-            report.line_break(self._console)
+            self._page.end()
             report.event(self._console, f"kill -9 {self._provider.process.pid}, the server")
             self._provider.restart(self._address)
-            line = f"{line} at process {self._provider.process.pid}, started now"
+            report.event(self._console, f"process {self._provider.process.pid} takes its place")
         report.event(self._console, line)
 
 
