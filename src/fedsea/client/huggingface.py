@@ -8,7 +8,6 @@ of the batch is a sequence of its own, and only rows of real tokens are sent.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -48,7 +47,7 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
 
     def __init__(self, llm: LLM, *, owns_llm: bool = False) -> None:
-        folder = Path(llm.tokenizer.name_or_path)
+        folder = llm.checkpoint.folder
         super().__init__(AutoConfig.from_pretrained(folder))
         if (folder / GENERATION_CONFIG_NAME).exists():
             self.generation_config = GenerationConfig.from_pretrained(folder)

@@ -56,14 +56,15 @@ class LLM:
 
     def __init__(
         self,
+        checkpoint: Checkpoint,
         split: SplitModel,
         tokenizer: PreTrainedTokenizerBase,
-        eos_ids: frozenset[int],
         background: Background,
     ) -> None:
+        self._checkpoint = checkpoint
         self._split = split
         self._tokenizer = tokenizer
-        self._eos_ids = eos_ids
+        self._eos_ids = eos_ids(checkpoint)
         self._background = background
         self._closed = False
 
@@ -113,6 +114,7 @@ class LLM:
         row_codec = _codec(codec, placement.dtype)
         trunk = chosen.trunk_span(checkpoint.num_blocks)
         endpoints = _endpoints(servers, tls)
+        tokenizer = _tokenizer(checkpoint)
         parts = LocalParts.load(checkpoint, chosen, placement, kv_rows)
         expectation = Expectation(
             model=checkpoint.name,
@@ -140,7 +142,12 @@ class LLM:
             up_codec=row_codec,
             down_codec=row_codec,
         )
-        return cls(split, _tokenizer(checkpoint), eos_ids(checkpoint), background)
+        return cls(checkpoint, split, tokenizer, background)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint or client bundle."""
+        return self._checkpoint
 
     @property
     def split(self) -> SplitModel:
@@ -166,11 +173,25 @@ class LLM:
         """Token ids of a prompt; ids are taken as they are.
 
         Raises:
-            RequestError: the prompt is empty.
+            RequestError: the prompt is empty, or an id is not in the model's vocabulary.
         """
         ids = self._tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
         if not ids:
             raise RequestError("the prompt is empty; give at least one token")
+        return self.checked(ids)
+
+    def checked(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """The ids, if all of them are in the model's vocabulary.
+
+        Raises:
+            RequestError: one is not.
+        """
+        vocabulary = int(self._checkpoint.config.vocab_size)
+        if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
+            raise RequestError(
+                f"the prompt has ids outside the model's vocabulary of {vocabulary}; "
+                "use the tokenizer of this model"
+            )
         return tuple(int(token) for token in ids)
 
     def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:

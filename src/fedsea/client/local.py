@@ -102,7 +102,8 @@ class Turns(Generic[Job, Result]):
     def _do(self, taken: Sequence[tuple[Job, asyncio.Future[Result]]]) -> None:
         try:
             results = self._run([job for job, _ in taken])
-        except FedseaError as error:
+        except (FedseaError, RuntimeError) as error:
+            # RuntimeError is how torch reports what its backend cannot do, such as out of memory.
             for _, done in taken:
                 if not done.done():
                     done.set_exception(error)

@@ -175,7 +175,7 @@ class Session:
 
     def _new_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
+            return list(self._llm.checked(prompt))
         if not prompt:
             return []
         special = not self._ids

@@ -189,11 +189,12 @@ class SplitSession:
             result = await self._finish(
                 sequence, await arrival, count, wanted, sampler if last else None
             )
-            kept.append(result.logits)
+            if wanted:
+                kept.append(result.logits)
             if progress is not None:
                 progress(len(ids) - unread, len(ids))
             if last:
-                logits = result.logits if len(kept) == 1 else torch.cat(kept)
+                logits = kept[0] if len(kept) == 1 else torch.cat(kept or [result.logits])
                 return TopResult(logits, result.token)
 
     async def _step(self, sequence: int, ids: Tensor, sampler: Sampler | None) -> TopResult:
