@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,7 @@ class BlockSpan(nn.Module):
         self.span = span
         self.takes_ids = takes_ids
         self.context = KVContext()
+        self.decode: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
         self._narrowed: dict[Span, nn.Module] = {span: blocks}
         for layer, module in enumerate(attention_modules(blocks)):
             module.kv_context, module.kv_layer = self.context, layer  # type: ignore[assignment]
@@ -95,11 +97,17 @@ class BlockSpan(nn.Module):
         `span` names the blocks to run when not all of them are meant.
         """
         self.context.batch = batch
-        inputs: dict[str, Any] = {"input_ids" if self.takes_ids else "inputs_embeds": rows[None]}
         if not len(self.span) and not self.takes_ids:
             return self.blocks.norm(rows)  # type: ignore[operator,no-any-return]
         blocks = self.blocks if span is None else self._narrow(span)
-        output = blocks(**inputs, position_ids=batch.position_ids, use_cache=False)
+        if self.decode is not None and batch.is_decode:
+            return self.decode(blocks, rows, batch.position_ids)
+        return self.forward_blocks(blocks, rows, batch.position_ids)
+
+    def forward_blocks(self, blocks: nn.Module, rows: Tensor, position_ids: Tensor) -> Tensor:
+        """One call of transformers' forward: (T,) or (T, hidden) to (T, hidden)."""
+        inputs: dict[str, Any] = {"input_ids" if self.takes_ids else "inputs_embeds": rows[None]}
+        output = blocks(**inputs, position_ids=position_ids, use_cache=False)
         hidden: Tensor = output.last_hidden_state
         return hidden[0]
 
@@ -217,6 +225,8 @@ def _load_blocks(
     cls = _span_class(checkpoint.config, span, multiplied, final_norm)
     maps = checkpoint.map(_tensor_names(checkpoint, span, final_norm))
     blocks = _from_pretrained(checkpoint, cls, maps, span, placement)
+    # What was converted to another dtype is not read again, and the rest not before it is used.
+    maps.release_all()
     return _prepare_linears(blocks, maps, placement).requires_grad_(False)
 
 

@@ -77,6 +77,11 @@ class TensorMaps:
                 if last > first:
                     run.map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
+    def release_all(self) -> None:
+        """Give back the memory of all mapped tensors."""
+        for tensor in self.tensors.values():
+            self.release(tensor)
+
     def _map_run(self, group: list[tuple[str, TensorInfo]]) -> None:
         first, last = group[0][1], group[-1][1]
         offset = first.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
