@@ -2,7 +2,7 @@
 
 Sequences that start at different times would go round one behind the other, each alone in its
 batch, at the client and at the server. So rows that are back wait for rows that will be back soon:
-less than half a round later. Once together, sequences stay together and nobody waits.
+less than a round later. Once together, sequences stay together and nobody waits.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from collections.abc import Callable
 _NEWEST = 0.25
 # A row that is this much later than expected, in round trips, is not waited for.
 _LATENESS = 0.25
+# What is due within this part of a round trip is worth waiting for. More than half, because the
+# time that this side needs belongs to the round as well.
+_SOON = 0.8
 _LONGEST_WAIT = 0.05
 
 
@@ -48,7 +51,7 @@ class Lockstep:
         soon = [
             seconds
             for seconds in due
-            if -_LATENESS * self._round_trip < seconds <= self._round_trip / 2
+            if -_LATENESS * self._round_trip < seconds <= _SOON * self._round_trip
         ]
         if not soon:
             return 0.0
