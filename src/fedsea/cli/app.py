@@ -72,13 +72,6 @@ def options(
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-@app.command("version")
-def show_versions() -> None:
-    """Show the versions of fedsea and of what it runs on."""
-    for name in SHOWN_VERSIONS:
-        typer.echo(f"{name:<13}{version_of(name)}")
-
-
 app.command("demo")(demo.demo)
 app.command("serve")(serve.serve)
 app.command("generate")(generate.generate)
@@ -87,3 +80,10 @@ app.add_typer(certs.app, name="certs")
 app.command("inspect")(inspection.inspect)
 app.command("split")(split.split)
 app.command("bench")(bench.bench)
+
+
+@app.command("version")
+def show_versions() -> None:
+    """Show the versions of fedsea and of what it runs on."""
+    for name in SHOWN_VERSIONS:
+        typer.echo(f"{name:<13}{version_of(name)}")

@@ -111,7 +111,7 @@ def test_interrupt_ends_with_130(fedsea, failing):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["generate", "--tempp", "1"], "No such option: --tempp"),
+        (["generate", "--tempp", "1"], "--tempp"),
         (["generate", "m", "hi", "--top-k", "many"], "Invalid value for '--top-k'"),
         (["generate", "m", "hi", "--codec", "fp8"], "'fp8' is not one of"),
         (["generate"], "Missing argument"),
