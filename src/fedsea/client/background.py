@@ -6,7 +6,10 @@ import asyncio
 import threading
 from collections.abc import Coroutine, Generator
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
+
+from fedsea.errors import RequestError
 
 T = TypeVar("T")
 
@@ -16,12 +19,22 @@ class Background:
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
+        self._stopped = False
+        self._starting = threading.Lock()
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
     def start(self, work: Coroutine[Any, Any, T]) -> Pending[T]:
-        """Begin work and return at once."""
-        return Pending(asyncio.run_coroutine_threadsafe(work, self._loop))
+        """Begin work and return at once.
+
+        Raises:
+            RequestError: the loop was stopped.
+        """
+        with self._starting:
+            if self._stopped:
+                work.close()
+                raise RequestError("this client is closed; connect again")
+            return Pending(asyncio.run_coroutine_threadsafe(work, self._loop), self._loop)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Do work and wait for its result."""
@@ -29,8 +42,10 @@ class Background:
 
     def stop(self) -> None:
         """End the loop; work still under way is cancelled."""
-        if self._loop.is_closed():
-            return
+        with self._starting:
+            if self._stopped:
+                return
+            self._stopped = True
         asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result(timeout=10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
@@ -40,8 +55,9 @@ class Background:
 class Pending(Generic[T]):
     """A result on its way: call `result()`, or `await` it in any event loop."""
 
-    def __init__(self, future: Future[T]) -> None:
+    def __init__(self, future: Future[T], loop: asyncio.AbstractEventLoop) -> None:
         self._future = future
+        self._loop = loop
 
     def result(self, timeout: float | None = None) -> T:
         """Wait for the result; raises what the work raised."""
@@ -52,8 +68,9 @@ class Pending(Generic[T]):
         return self._future.done()
 
     def cancel(self) -> None:
-        """Stop the work."""
-        self._future.cancel()
+        """Stop the work. It has begun in any case, so that its own clean-up runs."""
+        with suppress(RuntimeError):  # the loop is closed, and with it all work
+            self._loop.call_soon_threadsafe(self._future.cancel)
 
     def __await__(self) -> Generator[Any, None, T]:
         return asyncio.wrap_future(self._future).__await__()

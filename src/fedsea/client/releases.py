@@ -31,8 +31,7 @@ class Release:
         self._store = store
 
     def __del__(self) -> None:
-        if self.data is not None:
-            self._store.memory_bytes -= self.size
+        self._store.forget(self)
 
 
 class ReleaseStore:
@@ -45,12 +44,14 @@ class ReleaseStore:
         self.memory_bytes = 0
         self._max_memory = max_memory
         self._oldest_first: deque[weakref.ref[Release]] = deque()
+        self._sweep_at = _MANY_RELEASES
         self._file: IO[bytes] | None = None
         self._file_end = 0
+        self._spilled = 0
 
     @property
     def spilled_bytes(self) -> int:
-        """Bytes written to the spill file so far."""
+        """Size of the spill file; it is emptied when nothing in it is needed any more."""
         return self._file_end
 
     def put(self, data: bytes) -> Release:
@@ -62,9 +63,19 @@ class ReleaseStore:
             oldest = self._oldest_first.popleft()()
             if oldest is not None:
                 self._spill(oldest)
-        if len(self._oldest_first) > _MANY_RELEASES:
+        if len(self._oldest_first) > self._sweep_at:
             self._forget_dead()
         return release
+
+    def forget(self, release: Release) -> None:
+        """A release that no log refers to any more takes no space."""
+        if release.data is not None:
+            self.memory_bytes -= release.size
+            return
+        self._spilled -= release.size
+        if not self._spilled and self._file is not None:
+            self._file.truncate(0)
+            self._file_end = 0
 
     def read(self, release: Release) -> bytes:
         """The bytes that were put."""
@@ -84,6 +95,8 @@ class ReleaseStore:
     def _forget_dead(self) -> None:
         alive = deque(ref for ref in self._oldest_first if ref() is not None)
         self._oldest_first = alive
+        # Twice as many must come before the next sweep, so that one put costs little on average.
+        self._sweep_at = max(_MANY_RELEASES, 2 * len(alive))
 
     def _spill(self, release: Release) -> None:
         if release.data is None:
@@ -91,6 +104,7 @@ class ReleaseStore:
         if self._file is None:
             # Unnamed on disk: nobody else can open it, and it goes with the process.
             self._file = tempfile.TemporaryFile(prefix="fedsea-")  # noqa: SIM115 - see close()
+        self._spilled += release.size
         self._file.seek(self._file_end)
         self._file.write(release.data)
         release.offset = self._file_end

@@ -24,25 +24,32 @@ class _Link(Generic[T]):
 
 
 class Feed(Generic[T]):
-    """The producing end. All methods belong to one thread."""
+    """The producing end. All methods belong to one thread. What comes after the end is dropped."""
 
     def __init__(self) -> None:
         self.first: Future[_Link[T]] = Future()
         self._next = self.first
+        self._ended = False
 
     def put(self, item: T) -> None:
         """Hand one item to every reader."""
+        if self._ended:
+            return
         following: Future[_Link[T]] = Future()
         current, self._next = self._next, following
         current.set_result(_Link(item, following))
 
     def end(self) -> None:
         """No more items."""
-        self._next.set_result(_Link(None, None))
+        if not self._ended:
+            self._ended = True
+            self._next.set_result(_Link(None, None))
 
     def fail(self, error: BaseException) -> None:
         """Readers get the error after the items so far."""
-        self._next.set_exception(error)
+        if not self._ended:
+            self._ended = True
+            self._next.set_exception(error)
 
 
 class Stream(Generic[T, R]):
