@@ -187,9 +187,13 @@ def load_bottom(checkpoint: Checkpoint, span: Span, placement: Placement) -> Blo
     """Embedding and the first blocks. Embedding rows stay memory-mapped on the CPU."""
     blocks = _load_blocks(checkpoint, span, placement, multiplied=True)
     embedding = _materialize_embedding(blocks)
-    weight = checkpoint.tensor(_either(checkpoint, EMBEDDING, HEAD))
+    name = _either(checkpoint, EMBEDDING, HEAD)
+    maps = checkpoint.map([name])
+    weight = maps.tensors[name]
     if weight.dtype != placement.dtype or placement.device.type != "cpu":
         weight = weight.to(placement.device, placement.dtype)
+    else:
+        maps.expect_random_reads()
     embedding.weight = nn.Parameter(weight, requires_grad=False)
     blocks.embed_tokens = embedding
     return BlockSpan(blocks, span, takes_ids=True)

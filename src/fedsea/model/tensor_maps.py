@@ -77,6 +77,12 @@ class TensorMaps:
                 if last > first:
                     run.map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
+    def expect_random_reads(self) -> None:
+        """Tell the system not to read ahead: rows here and there are all that will be used."""
+        if hasattr(mmap, "MADV_RANDOM"):
+            for run in self._runs:
+                run.map.madvise(mmap.MADV_RANDOM)
+
     def release_all(self) -> None:
         """Give back the memory of all mapped tensors."""
         for tensor in self.tensors.values():
