@@ -906,6 +906,11 @@ class Visit:
         return f"{self.condition.article} {self.assessment}".lstrip()
 
     @property
+    def review(self) -> str:
+        """The time to the next visit, such as "two months"."""
+        return ("one month", "two months", "three months")[self.condition.months - 1]
+
+    @property
     def vitals(self) -> str:
         """Temperature, pulse and blood pressure as a sentence."""
         degrees = f"{self.temperature // 10}.{self.temperature % 10}"
@@ -953,6 +958,7 @@ def document(seed: int, index: int) -> Document:
         "paragraph": write_paragraph,
         "follow-up": write_follow_up,
         "letter": write_letter,
+        "day list": write_day_list,
     }
     text = writers[kind](draw, visit)
     return Document(kind=kind, visit=visit, nats=draw.nats, text=text)
@@ -966,6 +972,7 @@ KINDS: Final = (
     "paragraph",
     "follow-up",
     "letter",
+    "day list",
     "chat",
     "chat",
     "chat",
@@ -1064,7 +1071,7 @@ def _allergy_sentence(visit: Visit) -> str:
 def _denial_sentence(draw: Draw, visit: Visit) -> str:
     they = visit.patient.slots["They"]
     first, second = visit.denied
-    return draw.one((f"{they} denies {first} and {second}.", f"{they} reports no {second}."))
+    return draw.one((f"{they} denies {first} and {second}.", f"{they} denies {first}."))
 
 
 def _warning_sentence(visit: Visit) -> str:
@@ -1093,7 +1100,8 @@ def write_note(draw: Draw, visit: Visit) -> str:
             f"History: {history}",
             f"Examination: {visit.vitals} {' '.join(visit.findings)}",
             f"Assessment: {_capital(visit.assessment)}.",
-            f"Plan: {_capital(visit.treatment.order)}. {visit.advice} {_warning_sentence(visit)}",
+            f"Plan: {_capital(visit.treatment.order)}. {visit.advice} {_warning_sentence(visit)} "
+            f"Review in {visit.review}.",
             f"Next visit: {written_date(visit.next_date)}",
         )
     )
@@ -1127,8 +1135,8 @@ def write_paragraph(draw: Draw, visit: Visit) -> str:
         f"On examination, the temperature is {visit.temperature // 10}.{visit.temperature % 10} C "
         f"and the pulse is {visit.pulse}. {' '.join(visit.findings)} "
         f"The picture fits {visit.named_assessment}.\n\n"
-        f"{ordered} {visit.advice} The next visit is on {written_date(visit.next_date)}. "
-        f"{_warning_sentence(visit)}"
+        f"{ordered} {visit.advice} {_warning_sentence(visit)} "
+        f"The next visit is in {visit.review}, on {written_date(visit.next_date)}."
     )
 
 
@@ -1187,6 +1195,28 @@ def write_letter(draw: Draw, visit: Visit) -> str:
         f"{visit.treatment.order}. {they} will be seen here again on "
         f"{written_date(visit.next_date)}.\n\n"
         f"With kind regards,\nDr {visit.doctor}"
+    )
+
+
+def write_day_list(draw: Draw, visit: Visit) -> str:
+    """The patients of one day, as they were announced and then, in any order, as they were seen."""
+    others = [_draw_patient(draw, draw.one(CONDITIONS)) for _ in range(draw.number(2, 5))]
+    patients = (visit.patient, *others)
+    announced = [f"{each.full_name}, {each.sex}, {each.age}" for each in patients]
+    seen = [
+        f"{each.formal_name}, {each.described}" for each in draw.ordered(patients, len(patients))
+    ]
+    return "\n".join(
+        (
+            "Day list",
+            f"Date: {written_date(visit.date)}",
+            f"Doctor: {visit.doctor}",
+            "",
+            *announced,
+            "",
+            f"Seen by Dr {visit.doctor} on {written_date(visit.date)}:",
+            *seen,
+        )
     )
 
 

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import itertools
 import json
 import math
 import platform
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -62,9 +64,10 @@ CHAT_TEMPLATE: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A stretch of the training with one length of the packed rows, in tokens."""
+    """A stretch of the training with one shape of its batches: rows of so many tokens."""
 
     share: float
+    rows: int
     row_length: int
 
 
@@ -85,23 +88,31 @@ class Recipe:
     intermediate_size: int = 344
     longest: int = 1024
     initializer_range: float = 0.04
-    tokens_per_step: int = 2048
-    peak_learning_rate: float = 4e-3
-    last_learning_rate: float = 4e-5
+    peak_learning_rate: float = 1e-2
+    last_learning_rate: float = 1e-4
     warmup_steps: int = 60
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     largest_gradient: float = 1.0
-    phases: tuple[Phase, ...] = (Phase(0.6, 256), Phase(0.28, 512), Phase(0.12, 1024))
+    drill_share: float = 0.12
+    phases: tuple[Phase, ...] = (
+        Phase(0.75, 8, 256),
+        Phase(0.17, 4, 512),
+        Phase(0.08, 2, 1024),
+    )
 
-    def row_length(self, step: int) -> int:
-        """The length of the rows at `step`: short ones first, which learn faster per second."""
+    def phase(self, step: int) -> Phase:
+        """The phase of `step`: short rows first, which learn faster per second."""
         end = 0.0
         for phase in self.phases:
             end += phase.share
             if step < end * self.steps:
-                return phase.row_length
-        return self.phases[-1].row_length
+                return phase
+        return self.phases[-1]
+
+    def drills(self, step: int) -> int:
+        """How many of the rows at `step` are drills in copying: half of them, early on."""
+        return self.phase(step).rows // 2 if step < self.drill_share * self.steps else 0
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then a cosine from the peak to the last rate."""
@@ -170,12 +181,38 @@ def encode(tokenizer: Any, sample: Document) -> list[int]:
     return ids
 
 
-def packed_tokens(tokenizer: Any, seed: int) -> Iterator[int]:
-    """The endless stream of the documents of `seed`, one after the other."""
-    index = 0
-    while True:
-        yield from encode(tokenizer, document(seed, index))
-        index += 1
+def training_rows(tokenizer: Any, recipe: Recipe) -> Iterator[list[list[int]]]:
+    """The batch of every step.
+
+    A row begins with a document, as a prompt does, and goes on with the next ones until it is full;
+    what is over is left out.
+    """
+    stream = _encoded_documents(tokenizer, recipe.seed)
+    chance = random.Random(f"drills {recipe.seed}")
+    for step in range(recipe.steps):
+        phase = recipe.phase(step)
+        drills = recipe.drills(step)
+        rows = [_drill(chance, recipe.vocabulary, phase.row_length) for _ in range(drills)]
+        rows += [_filled_row(stream, phase.row_length) for _ in range(phase.rows - drills)]
+        yield rows
+
+
+def _encoded_documents(tokenizer: Any, seed: int) -> Iterator[list[int]]:
+    return (encode(tokenizer, document(seed, index)) for index in itertools.count())
+
+
+def _filled_row(stream: Iterator[list[int]], length: int) -> list[int]:
+    row: list[int] = []
+    while len(row) < length:
+        row += next(stream)
+    return row[:length]
+
+
+def _drill(chance: random.Random, vocabulary: int, length: int) -> list[int]:
+    """Random tokens that repeat: the shortest way to learn to copy from further up."""
+    period = chance.randint(8, length // 2)
+    ids = [chance.randrange(len(SPECIAL_TOKENS), vocabulary) for _ in range(period)]
+    return list(itertools.islice(itertools.cycle(ids), length))
 
 
 def new_model(recipe: Recipe) -> LlamaForCausalLM:
@@ -200,24 +237,20 @@ def new_model(recipe: Recipe) -> LlamaForCausalLM:
 
 def train(model: Any, tokenizer: Any, recipe: Recipe) -> list[float]:
     """Trains `model` in place and returns the loss of every step, in nats per token."""
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(model, recipe), betas=recipe.betas, lr=recipe.peak_learning_rate
-    )
-    stream = packed_tokens(tokenizer, recipe.seed)
+    optimizers = _optimizers(model, recipe)
     losses: list[float] = []
     started = time.monotonic()
     model.train()
-    for step in range(recipe.steps):
-        length = recipe.row_length(step)
-        tokens = torch.tensor([next(stream) for _ in range(recipe.tokens_per_step)])
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate(step)
+    for step, rows in enumerate(training_rows(tokenizer, recipe)):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = _mean_loss(model, tokens.view(-1, length))
+            loss = _mean_loss(model, torch.tensor(rows))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.largest_gradient)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate(step)
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(loss.item())
         if step % 20 == 0 or step == recipe.steps - 1:
             seconds = time.monotonic() - started
@@ -226,14 +259,23 @@ def train(model: Any, tokenizer: Any, recipe: Recipe) -> list[float]:
     return losses
 
 
-def _parameter_groups(model: Any, recipe: Recipe) -> list[dict[str, Any]]:
-    """Matrices decay; the weights of the norms do not."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [each for each in parameters if each.dim() > 1]}
-        | {"weight_decay": recipe.weight_decay},
-        {"params": [each for each in parameters if each.dim() == 1], "weight_decay": 0.0},
-    ]
+def _optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for the embedding and the weights of the norms."""
+    named = list(model.named_parameters())
+    matrices = [each for name, each in named if each.dim() == 2 and "embed" not in name]
+    embedding = [each for name, each in named if "embed" in name]
+    norms = [each for _, each in named if each.dim() == 1]
+    muon = torch.optim.Muon(
+        matrices, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    adamw = torch.optim.AdamW(
+        [
+            {"params": embedding, "weight_decay": recipe.weight_decay},
+            {"params": norms, "weight_decay": 0.0},
+        ],
+        betas=recipe.betas,
+    )
+    return [muon, adamw]
 
 
 def _mean_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -317,7 +359,9 @@ def record(
         "command": f"python -m scripts.train_demo_model --out DIR --steps {recipe.steps}",
         "recipe": asdict(recipe),
         "parameters": sum(each.numel() for each in model.parameters()),
-        "trained_tokens": recipe.steps * recipe.tokens_per_step,
+        "trained_tokens": sum(
+            phase.rows * phase.row_length for phase in map(recipe.phase, range(recipe.steps))
+        ),
         "seconds": round(seconds),
         "threads": torch.get_num_threads(),
         "loss": {
