@@ -26,6 +26,7 @@ from fedsea.client.split import Progress, SplitModel
 from fedsea.client.streams import Feed, Stream
 from fedsea.errors import CheckpointError, ConfigError, FedseaError, RequestError, TransportError
 from fedsea.model.checkpoint import Checkpoint
+from fedsea.model.inspection import check_memory, client_weights
 from fedsea.model.partition import Partition
 from fedsea.model.spans import Placement
 from fedsea.transport.base import Channel
@@ -115,6 +116,11 @@ class LLM:
         trunk = chosen.trunk_span(checkpoint.num_blocks)
         endpoints = _endpoints(servers, tls)
         tokenizer = _tokenizer(checkpoint)
+        check_memory(
+            client_weights(checkpoint, chosen, placement.kept_dtype),
+            "bottom and top",
+            placement.device,
+        )
         parts = LocalParts.load(checkpoint, chosen, placement, kv_rows)
         expectation = Expectation(
             model=checkpoint.name,

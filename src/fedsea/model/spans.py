@@ -54,6 +54,11 @@ class Placement:
     dtype: torch.dtype = torch.float32
     quantization: str = "none"
 
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """What the large weights are stored as."""
+        return torch.int8 if self.quantization == "int8" else self.dtype
+
 
 class _Passthrough(nn.Module):
     """Stands where a part does not belong to this span."""

@@ -9,6 +9,7 @@ import torch
 
 from fedsea.errors import ConfigError, OutOfMemory, PartitionError
 from fedsea.model.checkpoint import Checkpoint
+from fedsea.model.inspection import check_memory, trunk_weights
 from fedsea.model.partition import Span
 from fedsea.model.runner import SpanRunner
 from fedsea.model.spans import BlockSpan, Placement, load_trunk
@@ -40,6 +41,8 @@ def load(config: ServerConfig) -> Trunk:
     placement = _placement(config.model)
     checkpoint = Checkpoint.open(config.server.model)
     span = _span(config.server.span, checkpoint.num_blocks)
+    needed = trunk_weights(checkpoint, span, placement.kept_dtype)
+    check_memory(needed, f"the trunk, blocks {span},", placement.device)
     blocks = load_trunk(checkpoint, span, placement)
     context = config.kv.max_context or _trained_context(checkpoint)
     rows = _pool_rows(config.kv, blocks, placement, context)
