@@ -122,15 +122,19 @@ class SchedulerSection:
         small_append_rows: an Append of at most so many rows is decoding and goes first.
         stall_factor: while others decode, prompts may make a step this much longer than without.
         min_prefill_rows: rows of prompts in every step all the same, so that they advance.
+        gather_factor: how long a step may wait for rows that are about to come and can share it,
+            as a part of the step's own time; 0 to wait for nobody.
     """
 
     max_step_rows: int = 512
     small_append_rows: int = 16
     stall_factor: float = 1.7
     min_prefill_rows: int = 4
+    gather_factor: float = 0.5
 
     def __post_init__(self) -> None:
         _at_least(1, "scheduler", self, "small_append_rows", "min_prefill_rows", "stall_factor")
+        _at_least(0, "scheduler", self, "gather_factor")
         _need(
             self.max_step_rows >= max(self.small_append_rows, self.min_prefill_rows),
             "scheduler.max_step_rows is below small_append_rows or min_prefill_rows; raise it",

@@ -351,7 +351,7 @@ class Engine:
             case Append():
                 job = Job.of(event, work.up_codec.row_bytes(self._hidden_size), arrived)
                 self._pool.check_room(account, job.growth())
-                self._scheduler.offer(work.number, job.count)
+                self._scheduler.offer(work.number, job.count, arrived)
                 work.job = job
             case Begin():
                 self._pool.begin(account, event.sequence, event.capacity)
@@ -369,7 +369,7 @@ class Engine:
         if not shares:
             return
         self._run(shares)
-        self._postprocess(shares, self._clock() - began)
+        self._postprocess(shares, began, self._clock())
 
     def _schedule(self, now: float) -> list[_Share]:
         shares = []
@@ -466,8 +466,9 @@ class Engine:
             share.job.answer.append(data[at:end])
             at = end
 
-    def _postprocess(self, shares: list[_Share], seconds: float) -> None:
+    def _postprocess(self, shares: list[_Share], began: float, now: float) -> None:
         """Send the finished answers, offer what follows them, then count."""
+        seconds = now - began
         answered: list[Output] = []
         for share in shares:
             work, job = share.work, share.job
@@ -477,6 +478,7 @@ class Engine:
                 answered.append(output)
                 self._results.append((work.receiver, output))
                 work.job = None
+                self._scheduler.answered(work.number, now)
                 self._advance(work)
         self._deliver()
         self._count(shares, answered, seconds)

@@ -20,7 +20,7 @@ def scheduler(rate=None, **sessions):
     for name, number in numbers.items():
         made.add(number, name[0])
         if sessions[name]:
-            made.offer(number, sessions[name])
+            made.offer(number, sessions[name], 0.0)
     return made
 
 
@@ -63,7 +63,7 @@ def test_a_prompt_waits_once_until_decoding_is_measured():
 
     assert [grant.session for grant in busy.schedule(0.0)] == [0]
     busy.cost.record(1, 0, 0.01)
-    busy.offer(0, 1)
+    busy.offer(0, 1, 0.0)
     assert Grant(1, OPTIONS.min_prefill_rows, is_prefill=True) in busy.schedule(0.0)
 
 
@@ -79,8 +79,8 @@ def test_a_chunk_keeps_the_step_within_the_stall_factor(decode, row, stall):
     learned(made.cost, decode, row)
     made.add(0, "a")
     made.add(1, "a")
-    made.offer(0, 1)
-    made.offer(1, 4096)
+    made.offer(0, 1, 0.0)
+    made.offer(1, 4096, 0.0)
 
     rows = sum(grant.rows for grant in made.schedule(0.0) if grant.is_prefill)
 
@@ -114,8 +114,8 @@ def test_decoding_is_measured_again_now_and_then():
     learned(busy.cost)
     pure = 0
     for _ in range(3 * StepCost.MIXED_STEPS):
-        busy.offer(0, 1) if 0 not in waiting(busy) else None
-        busy.offer(1, 500) if 1 not in waiting(busy) else None
+        busy.offer(0, 1, 0.0) if 0 not in waiting(busy) else None
+        busy.offer(1, 500, 0.0) if 1 not in waiting(busy) else None
         grants = busy.schedule(0.0)
         prefill = sum(grant.rows for grant in grants if grant.is_prefill)
         busy.cost.record(1, prefill, 0.01 + 0.001 * prefill)
@@ -127,6 +127,86 @@ def test_decoding_is_measured_again_now_and_then():
 def waiting(made):
     """Sessions whose Append is not done."""
     return {claim.session for claim in made._waiting()}
+
+
+def simulate(away, decode=0.006, row=0.0007, prompt=2048, decoders=1):
+    """Decoding clients that take `away` per row, beside one prompt: step times seen by clients.
+
+    Returns the longest time from row to row, and how long the prompt took.
+    """
+    made = Scheduler(SchedulerSection())
+    for number in range(decoders):
+        made.add(number, f"t{number}")
+    made.add(decoders, "prompt")
+    comes = dict.fromkeys(range(decoders), 0.0)
+    sent, lasted = {}, []
+    now, left, began = 0.0, 0, 0.0
+    for _ in range(20_000):
+        for number, time in list(comes.items()):
+            if time <= now:
+                made.offer(number, 1, time)
+                sent[number] = comes.pop(number)
+        if now > 1.0 and not began:
+            began, left = now, prompt
+            made.offer(decoders, prompt, now)
+        grants = made.schedule(now)
+        if not grants:
+            ready = made.next_ready(now)
+            now = min([*comes.values(), *([ready] if ready is not None else [])])
+            continue
+        prefill = sum(grant.rows for grant in grants if grant.is_prefill)
+        tokens = sum(grant.rows for grant in grants) - prefill
+        seconds = decode + row * prefill
+        now += seconds
+        made.cost.record(tokens, prefill, seconds)
+        left -= prefill
+        for grant in grants:
+            if not grant.is_prefill:
+                made.answered(grant.session, now)
+                if began:
+                    lasted.append(now - sent[grant.session] + away)
+                comes[grant.session] = now + away
+        if began and not left:
+            return max(lasted[1:]), now - began
+    raise AssertionError("the prompt starves")
+
+
+@pytest.mark.parametrize("decoders", [1, 2, 5])
+@pytest.mark.parametrize("away", [0.0002, 0.002, 0.02, 0.08])
+def test_decoding_is_at_most_twice_as_slow_beside_a_prompt(away, decoders):
+    """From row to row a decoding client never waits twice its normal time, wherever it is."""
+    alone = 0.006 + away
+    if decoders > 1:
+        alone += 0.006  # a row that comes while another's step runs waits for it
+
+    longest, _ = simulate(away, decoders=decoders)
+
+    assert longest <= 2 * alone
+
+
+def test_a_distant_decoder_leaves_its_gaps_to_the_prompt():
+    """While a client is away for long, the prompt advances nearly as fast as alone."""
+    _, took = simulate(away=0.08)
+
+    assert took < 2 * (2048 * 0.0007)
+
+
+def test_a_decoder_that_falls_silent_is_soon_forgotten():
+    """A session that stops decoding holds a prompt back for no more than a moment."""
+    busy = scheduler(a0=1, b0=0)
+    learned(busy.cost)
+    busy.schedule(0.0)
+    busy.answered(0, 0.01)
+    busy.offer(0, 1, 0.012)
+    busy.schedule(0.012)
+    busy.answered(0, 0.02)
+    busy.offer(1, 2048, 0.021)
+
+    assert busy.schedule(0.021) == []
+    wait = busy.next_ready(0.021)
+    assert 0.022 < wait < 0.03
+    assert 0 < busy.schedule(wait)[0].rows < 64
+    assert busy.schedule(1.5)[0].rows == 64
 
 
 @st.composite
@@ -147,7 +227,7 @@ def test_steps_stay_in_budget_and_everybody_advances(load):
     left = {}
     for number, (tenant, rows) in enumerate(load):
         made.add(number, tenant)
-        made.offer(number, rows)
+        made.offer(number, rows, 0.0)
         left[number] = rows
     learned(made.cost)
 
@@ -177,14 +257,14 @@ def test_tenants_that_fill_every_step_get_equal_shares(size, sessions):
             number = len(tenants)
             tenants[number] = tenant
             made.add(number, str(tenant))
-            made.offer(number, size)
+            made.offer(number, size, 0.0)
     served = dict.fromkeys(range(len(sessions)), 0)
 
     for _ in range(200):
         for grant in made.schedule(0.0):
             served[tenants[grant.session]] += grant.rows
         for number in tenants.keys() - waiting(made):
-            made.offer(number, size)
+            made.offer(number, size, 0.0)
 
     assert max(served.values()) - min(served.values()) <= 2 * options.max_step_rows
 
@@ -205,7 +285,7 @@ def test_a_pause_saves_up_no_claim():
     busy = scheduler(a0=6400, b0=0)
     for _ in range(50):
         busy.schedule(0.0)
-    busy.offer(1, 6400)
+    busy.offer(1, 6400, 0.0)
 
     order = [busy.schedule(0.0)[0].session for _ in range(10)]
 
@@ -221,7 +301,7 @@ def test_decoding_never_starves_a_prompt():
         busy.schedule(0.0)
         steps += 1
         for number in set(range(100)) - waiting(busy):
-            busy.offer(number, 1)
+            busy.offer(number, 1, 0.0)
 
     assert steps <= 40 / OPTIONS.min_prefill_rows + 1
 
@@ -260,7 +340,7 @@ def test_opening_again_refills_no_bucket():
     busy.schedule(0.0)
     busy.remove(0)
     busy.add(1, "a")
-    busy.offer(1, 10)
+    busy.offer(1, 10, 0.0)
 
     assert busy.schedule(0.0) == []
 
@@ -272,3 +352,42 @@ def test_a_removed_session_is_forgotten():
 
     assert busy.waiting_rows == 1
     assert [grant.session for grant in busy.schedule(0.0)] == [1]
+
+
+def test_decoding_sessions_come_to_share_their_steps():
+    """Clients that started at different times end up in one step, not in turns."""
+    sizes = batch_sizes(decoders=4)
+
+    assert sum(sizes[-20:]) / 20 > 3.5
+
+
+def test_nobody_waits_when_told_not_to():
+    """With a gather_factor of 0 a step starts as soon as there is a row."""
+    sizes = batch_sizes(decoders=4, gather_factor=0.0)
+
+    assert sum(sizes[-20:]) / 20 < 3
+
+
+def batch_sizes(decoders, away=0.001, decode=0.006, **options):
+    """Rows of each step when decoding clients start one after the other."""
+    made = Scheduler(SchedulerSection(**options))
+    for number in range(decoders):
+        made.add(number, "a")
+    comes = {number: number * decode / 3 for number in range(decoders)}
+    now = 0.0
+    sizes: list[int] = []
+    while len(sizes) < 100:
+        for number in [number for number, time in comes.items() if time <= now]:
+            made.offer(number, 1, comes.pop(number))
+        grants = made.schedule(now)
+        if not grants:
+            ready = made.next_ready(now)
+            now = min([*comes.values(), *([ready] if ready is not None else [])])
+            continue
+        now += decode
+        made.cost.record(len(grants), 0, decode)
+        sizes.append(len(grants))
+        for grant in grants:
+            made.answered(grant.session, now)
+            comes[grant.session] = now + away
+    return sizes
