@@ -40,13 +40,15 @@ class Background:
         """Do work and wait for its result."""
         return self.start(work).result()
 
-    def stop(self) -> None:
-        """End the loop; work still under way is cancelled."""
+    def stop(self, last: Coroutine[Any, Any, None] | None = None) -> None:
+        """Cancel what is under way, do `last`, and end the loop."""
         with self._starting:
             if self._stopped:
+                if last is not None:
+                    last.close()
                 return
             self._stopped = True
-        asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result(timeout=10)
+        asyncio.run_coroutine_threadsafe(_finish(last), self._loop).result(timeout=10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
         self._loop.close()
@@ -74,6 +76,13 @@ class Pending(Generic[T]):
 
     def __await__(self) -> Generator[Any, None, T]:
         return asyncio.wrap_future(self._future).__await__()
+
+
+async def _finish(last: Coroutine[Any, Any, None] | None) -> None:
+    await _cancel_others()
+    if last is not None:
+        await last
+        await _cancel_others()
 
 
 async def _cancel_others() -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from fedsea.client.sampling import FinishReason, Sampler, SamplingParams
 from fedsea.client.split import Progress, SplitSession
 from fedsea.client.text import IncrementalDecoder, StopStrings, decode
+from fedsea.client.together import together
 
 # Text is made while the next token is on its way, not before it is sent.
 _TEXT_DELAY = 0.0005
@@ -166,17 +167,15 @@ async def complete(
     for sampler in samplers[1:]:
         sequences.append(session.fork(first_sequence, len(request.ids), request.capacity))
         tokens.append(sampler.sample(first.logits[-1]))
-    samples = await asyncio.gather(
-        *(
-            continue_sample(
-                session,
-                sequence,
-                sampler,
-                token or 0,
-                TextWriter(tokenizer, request.params.stop, request.on_text),
-            )
-            for sequence, sampler, token in zip(sequences, samplers, tokens, strict=True)
+    samples = await together(
+        continue_sample(
+            session,
+            sequence,
+            sampler,
+            token or 0,
+            TextWriter(tokenizer, request.params.stop, request.on_text),
         )
+        for sequence, sampler, token in zip(sequences, samplers, tokens, strict=True)
     )
     for sequence in sequences:
         session.drop(sequence)

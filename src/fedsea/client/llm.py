@@ -24,6 +24,7 @@ from fedsea.client.sampling import SamplingParams
 from fedsea.client.servers import Endpoint, Expectation
 from fedsea.client.split import Progress, SplitModel
 from fedsea.client.streams import Feed, Stream
+from fedsea.client.together import together
 from fedsea.errors import CheckpointError, ConfigError, FedseaError, RequestError, TransportError
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.inspection import check_memory, client_weights
@@ -134,8 +135,7 @@ class LLM:
         try:
             description = background.run(_first_description(endpoints, expectation))
         except FedseaError:
-            background.run(_close_all(endpoints))
-            background.stop()
+            background.stop(_close_all(endpoints))
             raise
         split = SplitModel(
             parts=parts,
@@ -267,12 +267,11 @@ class LLM:
         return streamed(self._background, answer)
 
     def close(self) -> None:
-        """Disconnect and end the background loop."""
+        """Disconnect; answers under way end with an error."""
         if self._closed:
             return
         self._closed = True
-        self._background.run(self._split.close())
-        self._background.stop()
+        self._background.stop(self._split.close())
 
     def __enter__(self) -> Self:
         return self
@@ -289,12 +288,11 @@ class LLM:
         capacities = [r.capacity for r in requests for _ in range(r.params.n)]
         session = await self._split.open(capacities)
         try:
-            answers = await asyncio.gather(
-                *(complete(session, r, self._tokenizer, self._eos_ids) for r in requests)
+            return await together(
+                complete(session, r, self._tokenizer, self._eos_ids) for r in requests
             )
         finally:
             await session.close()
-        return list(answers)
 
 
 def streamed(
@@ -303,19 +301,36 @@ def streamed(
     """Run a producer of text on the client's loop and hand out its stream."""
     feed: Feed[str] = Feed()
     summary: Future[Completion] = Future()
+    unwanted = False
+
+    def fail(error: BaseException) -> None:
+        feed.fail(error)
+        summary.set_exception(error)
 
     async def run() -> None:
         try:
             completion = await produce(feed)
-        except (FedseaError, asyncio.CancelledError) as error:
-            feed.fail(error)
-            summary.set_exception(error)
+        except asyncio.CancelledError:
+            if not unwanted:
+                fail(RequestError("this client was closed before the answer was complete"))
+                return
+            feed.end()
+            summary.cancel()
+        except BaseException as error:
+            fail(error)
+            raise
         else:
             feed.end()
             summary.set_result(completion)
 
     work = background.start(run())
-    return Stream(feed, summary, work.cancel)
+
+    def cancel() -> None:
+        nonlocal unwanted
+        unwanted = True
+        work.cancel()
+
+    return Stream(feed, summary, cancel)
 
 
 def eos_ids(checkpoint: Checkpoint) -> frozenset[int]:

@@ -12,10 +12,11 @@ import itertools
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from fedsea.client.releases import ReleaseLog, ReleaseStore
@@ -40,6 +41,7 @@ from fedsea.wire.messages import (
     Append,
     Begin,
     Close,
+    Description,
     Drop,
     Fork,
     Notice,
@@ -55,6 +57,7 @@ from fedsea.wire.messages import (
 # Pieces of at most this many rows share a message; larger ones, the chunks of a prompt, go alone.
 _SMALL_PIECE = 8
 _FIRST_PAUSE = 0.1
+_SHORTEST_TRY = 0.5
 _LONGEST_PAUSE = 2.0
 
 Tell = Callable[[str], None]
@@ -84,6 +87,11 @@ class _Piece:
     data: bytes | None = field(default=None, repr=False)
 
     @property
+    def end(self) -> int:
+        """One past the last position."""
+        return self.start + self.count
+
+    @property
     def wanted(self) -> int:
         """Rows that come back."""
         return {Want.ALL: self.count, Want.LAST: 1, Want.NONE: 0}[self.want]
@@ -94,6 +102,14 @@ class _OwedPiece(_Piece):
     """A piece whose rows somebody waits for."""
 
     arrived: asyncio.Future[Tensor] = field(kw_only=True)
+
+
+@dataclass(slots=True, eq=False)
+class _Part(_Piece):
+    """A part of an owed piece that is too large for one message; `received` is what came so far."""
+
+    whole: _OwedPiece = field(kw_only=True)
+    received: list[Tensor] = field(kw_only=True)
 
 
 @dataclass(slots=True)
@@ -170,6 +186,7 @@ class RemoteTrunk:
         self._preferred = 0
         self._link: _Link | None = None
         self._recovery: asyncio.Task[None] | None = None
+        self._resuming = asyncio.Lock()
         self._failure: FedseaError | None = None
         self._closed = False
         self._chains: dict[int, _Chain] = {}
@@ -178,6 +195,7 @@ class RemoteTrunk:
         self._ids = itertools.count(1)
         self._pump_is_due = False
         self._max_rows = limits.max_rows_per_message
+        self._max_segments = limits.max_segments
         self.traffic = Traffic()
 
     @property
@@ -202,16 +220,23 @@ class RemoteTrunk:
 
     def fork(self, source: int, target: int, length: int, capacity: int) -> None:
         """Start `target` as the first `length` rows of `source`."""
-        self._say(Fork(source, target, length, capacity))
-        self._chains[target] = _Chain(capacity, self._chains[source].log.fork(length))
+        log = self._chains[source].log.fork(length)
+        if self._link is None or self._link.connection.length(source) >= length:
+            self._say(Fork(source, target, length, capacity))
+        else:
+            # Some of these rows still wait here; the new sequence gets a copy of its own.
+            self._say(Begin(target, capacity))
+            self._waiting.extend(self._again(target, length))
+        self._chains[target] = _Chain(capacity, log)
 
     def rollback(self, sequence: int, length: int) -> None:
-        """Forget the rows from `length` on."""
-        self._say(Rollback(sequence, length))
+        """Forget the rows from `length` on; a future of such rows is cancelled."""
+        self._forget(sequence, length)
         self._chains[sequence].log.truncate(length)
 
     def drop(self, sequence: int) -> None:
-        """Forget a sequence."""
+        """Forget a sequence; a future of its rows is cancelled."""
+        self._forget(sequence, 0)
         self._say(Drop(sequence))
         del self._chains[sequence]
 
@@ -235,45 +260,38 @@ class RemoteTrunk:
         data = encode(rows, self._plan.up_codec)
         log.append(data)
         piece = self._owed(sequence, start, rows.shape[0], want, data)
-        self._waiting.append(piece)
+        self._waiting.extend(self._parts(piece))
         if len(self._chains) == 1:
             self._pump()
         else:
             self._pump_soon()
         return piece.arrived
 
-    async def resume(self, answered: Mapping[int, int]) -> dict[int, asyncio.Future[Tensor]]:
+    def ask_again(self, sequence: int, start: int) -> asyncio.Future[Tensor]:
+        """Send the rows from `start` on again, unchanged, and return a future of all of them."""
+        self._forget(sequence, start)
+        piece = self._owed(sequence, start, self.length(sequence) - start, Want.ALL)
+        self._waiting.extend(self._parts(piece))
+        self._pump_soon()
+        return piece.arrived
+
+    async def resume(self) -> None:
         """Open again after no server was in reach; every release goes out again unchanged.
-
-        Args:
-            answered: for each sequence, how many of its rows have come back.
-
-        Returns:
-            For each sequence with released rows that have not come back, a future of them.
 
         Raises:
             Unreachable, Refused: as for `open`; the session can be resumed later still.
         """
-        if self._failure is None:
-            return {}
-        owed = {}
-        for sequence, start in answered.items():
-            count = self.length(sequence) - start
-            if count:
-                owed[sequence] = self._owed(sequence, start, count, Want.ALL).arrived
-        try:
-            await self._open_somewhere(self._patience.recover)
-        except FedseaError:
-            self._unanswered.clear()
-            raise
-        self._failure = None
-        return owed
+        async with self._resuming:
+            if self._failure is not None:
+                await self._open_somewhere(self._patience.recover)
+                self._failure = None
 
     async def close(self) -> None:
         """End the session; the server frees its rows."""
         self._closed = True
         if self._recovery is not None:
             self._recovery.cancel()
+            await asyncio.gather(self._recovery, return_exceptions=True)
         link, self._link = self._link, None
         if link is None:
             return
@@ -289,8 +307,6 @@ class RemoteTrunk:
 
     def _say(self, event: Begin | Fork | Rollback | Drop) -> None:
         """Send a message that has no answer; while there is no link, replay will say it all."""
-        if self._failure is not None:
-            raise self._failure
         if self._link is not None:
             self._post(self._link, event)
 
@@ -308,6 +324,44 @@ class RemoteTrunk:
         self._unanswered.append(piece)
         return piece
 
+    def _parts(self, piece: _OwedPiece) -> Sequence[_Piece]:
+        """The piece itself, or the parts in which it travels."""
+        if piece.count <= self._max_rows:
+            return (piece,)
+        received: list[Tensor] = []
+        parts = []
+        for start in range(piece.start, piece.end, self._max_rows):
+            count = min(self._max_rows, piece.end - start)
+            is_last = start + count == piece.end
+            want = piece.want if is_last or piece.want is not Want.LAST else Want.NONE
+            parts.append(_Part(piece.sequence, start, count, want, whole=piece, received=received))
+        return parts
+
+    def _again(self, sequence: int, end: int) -> list[_Piece]:
+        """The first `end` rows of a sequence once more, without an answer."""
+        return [
+            _Piece(sequence, start, min(self._max_rows, end - start), Want.NONE)
+            for start in range(0, end, self._max_rows)
+        ]
+
+    def _forget(self, sequence: int, length: int) -> None:
+        """Rows from `length` on are wanted neither here nor at the server, sent or not."""
+        owed, self._unanswered = self._unanswered, deque()
+        for piece in owed:
+            if piece.sequence == sequence and piece.end > length:
+                piece.arrived.cancel()
+            else:
+                self._unanswered.append(piece)
+        waiting, self._waiting = self._waiting, deque()
+        for unsent in waiting:
+            if unsent.sequence != sequence or unsent.end <= length:
+                self._waiting.append(unsent)
+            elif unsent.start < length:
+                rest = _Piece(sequence, unsent.start, length - unsent.start, Want.NONE)
+                self._waiting.append(rest)
+        if self._link is not None and self._link.connection.length(sequence) > length:
+            self._say(Rollback(sequence, length))
+
     def _pump_soon(self) -> None:
         if not self._pump_is_due:
             self._pump_is_due = True
@@ -317,9 +371,18 @@ class RemoteTrunk:
         """Send what waits, as far as the protocol lets us run ahead of the answers."""
         self._pump_is_due = False
         link = self._link
-        while (
-            link and self._waiting and link.connection.pending < link.connection.limits.max_pending
-        ):
+        if link is None:
+            return
+        try:
+            self._send_waiting(link)
+        except FedseaError as error:
+            self._break(link, error)
+
+    def _send_waiting(self, link: _Link) -> None:
+        if not link.sent:
+            # Only now does the server begin to owe an answer.
+            link.heard = time.monotonic()
+        while self._waiting and link.connection.pending < link.connection.limits.max_pending:
             pieces = self._next_pieces()
             segments = tuple(Segment(p.sequence, p.start, p.count, p.want) for p in pieces)
             rows = b"".join(map(self._bytes_of, pieces))
@@ -338,10 +401,14 @@ class RemoteTrunk:
         """The longest run of waiting pieces that share a message."""
         pieces = [self._waiting.popleft()]
         sequences = {pieces[0].sequence}
-        small = pieces[0].count <= _SMALL_PIECE
-        while small and self._waiting and len(pieces) < self._limits.max_segments:
+        rows = pieces[0].count
+        small = rows <= _SMALL_PIECE
+        while small and self._waiting and len(pieces) < self._max_segments:
             candidate = self._waiting[0]
-            if candidate.count > _SMALL_PIECE or candidate.sequence in sequences:
+            rows += candidate.count
+            if candidate.count > _SMALL_PIECE or rows > self._max_rows:
+                break
+            if candidate.sequence in sequences:
                 break
             sequences.add(candidate.sequence)
             pieces.append(self._waiting.popleft())
@@ -353,9 +420,12 @@ class RemoteTrunk:
         pause = _FIRST_PAUSE
         while True:
             refusals: list[FedseaError] = []
-            for endpoint in rotate(self._endpoints, self._preferred):
+            order = rotate(self._endpoints, self._preferred)
+            for later, endpoint in zip(reversed(range(len(order))), order, strict=True):
+                # One that says nothing must leave time for those after it.
+                share = (deadline - time.monotonic()) / (1 + later)
                 try:
-                    await self._open_at(endpoint, deadline)
+                    await self._open_at(endpoint, max(_SHORTEST_TRY, share))
                 except (TransportError, Refused) as error:
                     endpoint.forget()
                     refusals.append(error)
@@ -368,23 +438,20 @@ class RemoteTrunk:
             await asyncio.sleep(wait)
             pause = min(pause * 2, _LONGEST_PAUSE)
 
-    async def _open_at(self, endpoint: Endpoint, deadline: float) -> None:
+    async def _open_at(self, endpoint: Endpoint, within: float) -> None:
         try:
-            async with asyncio.timeout(max(0.5, deadline - time.monotonic())):
+            async with asyncio.timeout(within):
                 description = await endpoint.describe(self._plan.expectation)
+                limits = _common_limits(self._limits, description)
                 stream = await endpoint.channel().open_stream()
-                connection = Connection(Role.CLIENT, self._limits, hidden_size=self._hidden_size)
-                self._max_rows = min(
-                    self._limits.max_rows_per_message,
-                    description.max_rows_per_message,
-                    description.max_message_bytes
-                    // (2 * max(1, self._plan.up_codec.row_bytes(self._hidden_size))),
-                )
+                connection = Connection(Role.CLIENT, limits, hidden_size=self._hidden_size)
                 link = _Link(stream, connection, endpoint.address)
                 await self._greet(link)
         except TimeoutError as error:
             raise DeadlineExceeded(f"{endpoint.address} did not answer in time") from error
         self._link = link
+        self._max_rows = self._rows_per_message(limits)
+        self._max_segments = limits.max_segments
         link.tasks = [
             asyncio.create_task(self._write(link)),
             asyncio.create_task(self._read(link)),
@@ -432,11 +499,17 @@ class RemoteTrunk:
                 (piece.start for piece in self._unanswered if piece.sequence == sequence),
                 default=len(chain.log),
             )
-            again.extend(
-                _Piece(sequence, start, min(self._max_rows, first - start), Want.NONE)
-                for start in range(0, first, self._max_rows)
-            )
-        self._waiting = deque([*again, *self._unanswered])
+            again.extend(self._again(sequence, first))
+        owed = itertools.chain.from_iterable(map(self._parts, self._unanswered))
+        self._waiting = deque([*again, *owed])
+
+    def _rows_per_message(self, limits: Limits) -> int:
+        """Rows that fit into one message in both directions, with room to spare."""
+        row_bytes = max(
+            codec.row_bytes(self._hidden_size)
+            for codec in (self._plan.up_codec, self._plan.down_codec)
+        )
+        return max(1, min(limits.max_rows_per_message, limits.max_message_bytes // (2 * row_bytes)))
 
     async def _write(self, link: _Link) -> None:
         try:
@@ -459,7 +532,7 @@ class RemoteTrunk:
                 if isinstance(event, Output):
                     self._arrive(link, event)
                 elif isinstance(event, Notice):
-                    self._tell(f"{link.address} is shutting down; it finishes what it can")
+                    self._notify(f"{link.address} is shutting down; it finishes what it can")
         except FedseaError as error:
             self._break(link, error)
 
@@ -479,13 +552,26 @@ class RemoteTrunk:
         rows = decode(output.rows, self._plan.down_codec, count, self._hidden_size)
         offset = 0
         for piece in pieces:
-            if isinstance(piece, _OwedPiece):
-                self._unanswered.remove(piece)
-                if not piece.arrived.done():
-                    piece.arrived.set_result(rows[offset : offset + piece.wanted])
+            back = rows[offset : offset + piece.wanted]
             offset += piece.wanted
+            if isinstance(piece, _OwedPiece):
+                self._hand_over(piece, back)
+            elif isinstance(piece, _Part):
+                piece.received.append(back)
+                if piece.end == piece.whole.end:
+                    self._hand_over(piece.whole, torch.cat(piece.received))
         if self._waiting:
             self._pump_soon()
+
+    def _hand_over(self, piece: _OwedPiece, rows: Tensor) -> None:
+        with suppress(ValueError):  # nobody wants the rows any more
+            self._unanswered.remove(piece)
+        if not piece.arrived.done():
+            piece.arrived.set_result(rows)
+
+    def _notify(self, line: str) -> None:
+        """Tell the caller, whose mistakes must not become ours."""
+        asyncio.get_running_loop().call_soon(self._tell, line)
 
     def _break(self, link: _Link, error: FedseaError) -> None:
         """The stream ended: recover in the background, or end for good."""
@@ -500,18 +586,21 @@ class RemoteTrunk:
 
     async def _recover(self, broken: _Link, error: FedseaError) -> None:
         began = time.monotonic()
-        self._tell(f"connection to {broken.address} lost ({error.code}); resuming")
+        self._notify(f"connection to {broken.address} lost ({error.code}); resuming")
         await self._drop_link(broken)
-        for endpoint in self._endpoints:
+        for number, endpoint in enumerate(self._endpoints):
             if endpoint.address == broken.address:
                 endpoint.forget()
+                if isinstance(error, DeadlineExceeded):
+                    # A silent server is tried last: it may still take calls and not answer them.
+                    self._preferred = number + 1
         try:
             await self._open_somewhere(self._patience.recover)
         except FedseaError as final:
             self._fail(final)
             return
         rows = sum(len(chain.log) for chain in self._chains.values())
-        self._tell(
+        self._notify(
             f"resumed at {self.address} after {time.monotonic() - began:.1f} s; "
             f"{rows} rows sent again"
         )
@@ -524,6 +613,7 @@ class RemoteTrunk:
         for piece in waiting:
             if not piece.arrived.done():
                 piece.arrived.set_exception(error)
+                piece.arrived.exception()  # seen: a caller that was cancelled will not look
 
     async def _drop_link(self, link: _Link) -> None:
         current = asyncio.current_task()
@@ -532,6 +622,18 @@ class RemoteTrunk:
                 task.cancel()
         with suppress(FedseaError):
             await link.stream.cancel()
+
+
+def _common_limits(ours: Limits, served: Description) -> Limits:
+    """What both sides accept."""
+    return replace(
+        ours,
+        max_message_bytes=min(ours.max_message_bytes, served.max_message_bytes),
+        max_rows_per_message=min(ours.max_rows_per_message, served.max_rows_per_message),
+        max_segments=min(ours.max_segments, served.max_segments),
+        max_sequences=min(ours.max_sequences, served.max_sequences),
+        max_pending=min(ours.max_pending, served.max_pending),
+    )
 
 
 def _shortest_wait(refusals: Sequence[FedseaError]) -> float:

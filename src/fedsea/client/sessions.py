@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -42,6 +44,7 @@ class Session:
         self._max_tokens = max_tokens
         self._ids: list[int] = []
         self._shared = [1]
+        self._turn = asyncio.Lock()
 
     @classmethod
     def open(cls, llm: LLM, max_tokens: int | None = None, forks: int = 0) -> Session:
@@ -104,10 +107,12 @@ class Session:
         chosen = sampling_params(params, options)
         if chosen.n != 1:
             raise RequestError(f"a session has one answer at a time and n is {chosen.n}; use fork")
+        self._check_open()
         ids = self._new_ids(prompt)
 
         async def answer(feed: Feed[str]) -> Completion:
-            return await self._answer(ids, chosen, feed.put, progress)
+            async with self._turn:
+                return await self._answer(ids, chosen, feed.put, progress)
 
         return streamed(self._llm.background, answer)
 
@@ -115,22 +120,32 @@ class Session:
         """Forget all tokens from `position` on.
 
         Raises:
-            RequestError: the session is not that long.
+            RequestError: the session is not that long, or closed.
         """
+        self._check_open()
         if not 0 <= position <= self.position:
             raise RequestError(
                 f"cannot go back to {position}: the session has {self.position} tokens"
             )
-        self._llm.background.run(self._rollback(position))
+
+        async def go_back() -> None:
+            async with self._turn:
+                self._rollback(position)
+
+        self._llm.background.run(go_back())
 
     def fork(self) -> Session:
         """A second session that starts as this one is now and goes its own way.
 
         Raises:
             QuotaExceeded: the session was opened with too few `forks`.
+            RequestError: the session is closed.
         """
+        self._check_open()
 
         async def branch() -> int:
+            async with self._turn:
+                await self._resume()
             held = self._split.length(self._sequence)
             return self._split.fork(self._sequence, held, self._max_tokens)
 
@@ -144,7 +159,13 @@ class Session:
 
     def resume(self) -> None:
         """Connect again after no server was in reach; what was sent goes out again unchanged."""
-        self._llm.background.run(self._resume())
+        self._check_open()
+
+        async def connect() -> None:
+            async with self._turn:
+                await self._resume()
+
+        self._llm.background.run(connect())
 
     def close(self) -> None:
         """Free this branch; the last branch ends the session at the server."""
@@ -160,7 +181,8 @@ class Session:
             else:
                 self._split.drop(sequence)
 
-        self._llm.background.run(leave())
+        with suppress(RequestError):  # the client is closed, and with it all its sessions
+            self._llm.background.run(leave())
 
     def __enter__(self) -> Self:
         return self
@@ -172,6 +194,10 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _check_open(self) -> None:
+        if self._sequence < 0:
+            raise RequestError("the session is closed; open another")
 
     def _new_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):
@@ -203,7 +229,7 @@ class Session:
                 raise RequestError("the session is empty; give a prompt")
             # The last token's row is made anew for its logits, from the same release.
             entering = self._ids[-1:]
-            await self._rollback_rows(self.position - 1)
+            self._rollback_rows(self.position - 1)
         sampler = Sampler(params, [*self._ids, *ids], self._llm.eos_ids)
         self._ids.extend(ids)
         first = await self._split.feed(
@@ -225,16 +251,16 @@ class Session:
         """Tokens whose rows were released."""
         return self._split.length(self._sequence)
 
-    async def _rollback(self, position: int) -> None:
-        await self._rollback_rows(min(position, self._fed))
+    def _rollback(self, position: int) -> None:
+        self._rollback_rows(min(position, self._fed))
         del self._ids[position:]
 
-    async def _rollback_rows(self, length: int) -> None:
+    def _rollback_rows(self, length: int) -> None:
         if length < self._fed:
             self._split.rollback(self._sequence, length)
 
     async def _resume(self) -> None:
-        await self._split.resume()
+        await self._split.resume(self._sequence)
 
 
 class Chat:
@@ -275,9 +301,10 @@ class Chat:
 
         async def answer(feed: Feed[str]) -> Completion:
             session = self._session
-            known = _common_prefix(session.token_ids, ids[:-1])
-            await session._rollback(known)
-            completion = await session._answer(list(ids[known:]), chosen, feed.put, None)
+            async with session._turn:
+                known = _common_prefix(session.token_ids, ids[:-1])
+                session._rollback(known)
+                completion = await session._answer(list(ids[known:]), chosen, feed.put, None)
             self.messages = [*asked, {"role": "assistant", "content": completion.text}]
             return completion
 

@@ -21,7 +21,7 @@ from fedsea.client.releases import ReleaseStore
 from fedsea.client.remote import Patience, RemoteTrunk, SessionPlan, Tell, Traffic
 from fedsea.client.sampling import Sampler
 from fedsea.client.servers import Endpoint, Expectation
-from fedsea.errors import FedseaError, PromptTooLong
+from fedsea.errors import PromptTooLong
 from fedsea.wire.codecs import Codec
 from fedsea.wire.messages import Description, Want
 
@@ -75,7 +75,7 @@ class SplitModel:
         trunk = RemoteTrunk(self.endpoints, plan, self.store, self.patience, self.tell)
         try:
             await trunk.open()
-        except FedseaError:
+        except BaseException:
             self.parts.close(accounts)
             raise
         return SplitSession(self.parts, trunk, accounts)
@@ -220,22 +220,21 @@ class SplitSession:
         job = TopJob(self._accounts[1], sequence, count, rows, keep, sampler)
         return await self._parts.run_top(job)
 
-    async def resume(self, sampler: Sampler | None = None) -> dict[int, TopResult]:
-        """Reconnect after no server was in reach, and finish what was under way.
+    async def resume(self, sequence: int) -> None:
+        """Reconnect when no server was in reach, and bring bottom, trunk and top together.
 
-        Returns the results of the rows that were released and had not come back.
+        A call that failed or was cancelled may have left the parts at different lengths: rows that
+        were not released are made anew, rows that did not come back are asked for again.
         """
-        _, top = self._parts.pools
-        answered = {
-            sequence: top.sequence(self._accounts[1], sequence).length
-            for sequence in self.sequences()
-        }
-        owed = await self._trunk.resume(answered)
-        results = {}
-        for sequence, arrival in owed.items():
-            rows = await arrival
-            results[sequence] = await self._finish(sequence, rows, rows.shape[0], 1, sampler)
-        return results
+        await self._trunk.resume()
+        bottom, top = self._parts.pools
+        released = self.length(sequence)
+        if bottom.sequence(self._accounts[0], sequence).length > released:
+            bottom.rollback(self._accounts[0], sequence, released)
+        finished = top.sequence(self._accounts[1], sequence).length
+        if finished < released:
+            rows = await self._trunk.ask_again(sequence, finished)
+            await self._finish(sequence, rows, released - finished, 0, None)
 
     async def close(self) -> None:
         """Free everything, here and at the server."""

@@ -82,5 +82,5 @@ class Stream(Generic[T, R]):
         return self._summary.result(timeout)
 
     def cancel(self) -> None:
-        """End early; what was produced so far stays readable."""
+        """End early; what was produced so far stays readable, and `result` raises CancelledError."""
         self._cancel()
