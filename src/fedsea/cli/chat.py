@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedsea.cli import screen
-from fedsea.cli.generate import quiet_recorder
+from fedsea.cli.generate import quiet_recorder, show_pieces
 from fedsea.cli.options import (
     ClientModelOptions,
     ConnectionOptions,
@@ -103,14 +103,11 @@ class _Repl:
         try:
             stream = self.conversation.send(line, self.params)
             try:
-                for piece in stream:
-                    screen.write(piece)
+                show_pieces(stream)
             except KeyboardInterrupt:
                 stream.cancel()
                 screen.notice("stopped; the turn is not kept")
                 return
-            finally:
-                screen.write("\n")
             completion = stream.result()
         except CancelledError:
             return

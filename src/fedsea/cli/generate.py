@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -97,13 +98,23 @@ def show_stream(llm: LLM, text: str, params: SamplingParams) -> Completion:
     progress = screen.PromptBar()
     stream = llm.stream(text, params, progress=progress)
     try:
-        for piece in stream:
-            screen.write(piece)
+        show_pieces(stream)
         return stream.result()
     finally:
         stream.cancel()
         progress.close()
-        screen.write("\n")
+
+
+def show_pieces(pieces: Iterable[str]) -> None:
+    """Write a text as it comes; its line is ended, however far it came."""
+    begun = False
+    try:
+        for piece in pieces:
+            begun = True
+            screen.write(piece)
+    finally:
+        if begun:
+            screen.write("\n")
 
 
 def summary(completion: Completion, recorder: Recorder) -> dict[str, Any]:
