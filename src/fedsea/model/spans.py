@@ -236,7 +236,27 @@ def _load_blocks(
     blocks = _from_pretrained(checkpoint, cls, maps, span, placement)
     # What was converted to another dtype is not read again, and the rest not before it is used.
     maps.release_all()
-    return _prepare_linears(blocks, maps, placement).requires_grad_(False)
+    prepared = _prepare_linears(blocks, maps, placement)
+    return _convert_rest(prepared, placement.dtype).requires_grad_(False)
+
+
+def _loading_dtype(maps: TensorMaps, placement: Placement) -> torch.dtype:
+    """int8 weights are made from the stored numbers: a wider copy first would only take memory."""
+    stored = {tensor.dtype for tensor in maps.tensors.values()}
+    if placement.quantization == "int8" and stored in ({torch.bfloat16}, {torch.float16}):
+        return stored.pop()
+    return placement.dtype
+
+
+def _convert_rest(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Bring what was loaded in another dtype, and not quantized, to the dtype of the computation."""
+    for child in module.modules():
+        if isinstance(child, linears.Int8Linear):
+            continue
+        for parameter in child.parameters(recurse=False):
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.to(dtype)
+    return module
 
 
 def _prepare_linears(module: nn.Module, maps: TensorMaps, placement: Placement) -> nn.Module:
@@ -337,7 +357,7 @@ def _from_pretrained(
                 rf"^model\.layers\.{block}\.": f"layers.{block - span.first}."
                 for block in range(span.first, span.end)
             },
-            dtype=placement.dtype,
+            dtype=_loading_dtype(maps, placement),
             device_map={"": str(placement.device)},
             output_loading_info=True,
         )
