@@ -64,10 +64,10 @@ def options(
 ) -> None:
     """Options of all commands."""
     del version
-    logging.basicConfig(
-        format="%(levelname)s: %(message)s", level=logging.DEBUG if debug else logging.WARNING
-    )
-    if not debug:
+    logging.basicConfig(handlers=[screen.Notices()])
+    if debug:
+        logging.getLogger("fedsea").setLevel(logging.DEBUG)
+    else:
         warnings.simplefilter("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

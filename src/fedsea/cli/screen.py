@@ -6,6 +6,7 @@ Results go to standard output, everything else to standard error, so that output
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Self
@@ -38,6 +39,14 @@ def fail(message: str) -> None:
 def notice(message: str) -> None:
     """One line about something that the user should know."""
     err.print(Text.assemble(("note: ", "yellow"), message), soft_wrap=True)
+
+
+class Notices(logging.Handler):
+    """Shows what the library logs as notices."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show one record."""
+        notice(record.getMessage())
 
 
 def detail(message: str) -> None:

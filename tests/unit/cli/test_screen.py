@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import logging
 
 import pytest
 from rich.console import Console
@@ -23,6 +24,14 @@ def test_sizes_are_written_for_people(size, text):
 def test_durations_are_written_for_people(seconds, text):
     """Durations have the unit that keeps them short."""
     assert screen.seconds_text(seconds) == text
+
+
+def test_log_records_are_notices(capsys):
+    """A warning of the library is one line like any other notice."""
+    record = logging.makeLogRecord({"msg": "%s expires on %s", "args": ("a.pem", "Monday")})
+    screen.Notices().handle(record)
+
+    assert capsys.readouterr() == ("", "note: a.pem expires on Monday\n")
 
 
 @pytest.fixture
