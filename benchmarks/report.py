@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -166,7 +167,7 @@ def format_value(value: float, unit: str) -> str:
     """A number with its unit, as precise as is useful."""
     if unit == "x":
         return f"{value:.2f}x"
-    digits = 0 if value >= 1000 or unit == "B" else 2 if unit == "ms" else 1
+    digits = 0 if value >= 1000 or unit == "B" else 2 if unit in ("ms", "GB") else 1
     return f"{value:,.{digits}f} {unit}"
 
 
@@ -180,6 +181,7 @@ def _hardware() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.machine()}",
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
 
 

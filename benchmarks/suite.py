@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.bench import Bench
-from benchmarks.cases import concurrency, decode, latency, naive, trunk
+from benchmarks.cases import concurrency, decode, gpu, latency, memory, naive, network, trunk
 from benchmarks.measure import Row
 from benchmarks.processes import ProcessFailed
 from benchmarks.settings import THREADS, Scale
@@ -30,7 +30,7 @@ CASES: dict[str, Case] = {
     "naive": naive.rows,
     "traffic": naive.traffic_rows,
 }
-FULL_ONLY: dict[str, Case] = {}
+FULL_ONLY: dict[str, Case] = {"network": network.rows, "memory": memory.rows, "gpu": gpu.rows}
 
 
 @dataclass(slots=True)
