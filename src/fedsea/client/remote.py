@@ -187,6 +187,7 @@ class RemoteTrunk:
         self._link: _Link | None = None
         self._recovery: asyncio.Task[None] | None = None
         self._resuming = asyncio.Lock()
+        self._lapsed: tuple[_Link, SessionLost] | None = None
         self._failure: FedseaError | None = None
         self._closed = False
         self._chains: dict[int, _Chain] = {}
@@ -226,12 +227,12 @@ class RemoteTrunk:
         else:
             # Some of these rows still wait here; the new sequence gets a copy of its own.
             self._say(Begin(target, capacity))
-            self._waiting.extend(self._again(target, length))
+            self._waiting.extend(self._again(target, 0, length))
         self._chains[target] = _Chain(capacity, log)
 
     def rollback(self, sequence: int, length: int) -> None:
         """Forget the rows from `length` on; a future of such rows is cancelled."""
-        self._forget(sequence, length)
+        self._take_back(sequence, length)
         self._chains[sequence].log.truncate(length)
 
     def drop(self, sequence: int) -> None:
@@ -269,7 +270,7 @@ class RemoteTrunk:
 
     def ask_again(self, sequence: int, start: int) -> asyncio.Future[Tensor]:
         """Send the rows from `start` on again, unchanged, and return a future of all of them."""
-        self._forget(sequence, start)
+        self._take_back(sequence, start)
         piece = self._owed(sequence, start, self.length(sequence) - start, Want.ALL)
         self._waiting.extend(self._parts(piece))
         self._pump_soon()
@@ -337,15 +338,21 @@ class RemoteTrunk:
             parts.append(_Part(piece.sequence, start, count, want, whole=piece, received=received))
         return parts
 
-    def _again(self, sequence: int, end: int) -> list[_Piece]:
-        """The first `end` rows of a sequence once more, without an answer."""
+    def _again(self, sequence: int, first: int, end: int) -> list[_Piece]:
+        """Rows ``[first, end)`` of a sequence once more, without an answer."""
         return [
             _Piece(sequence, start, min(self._max_rows, end - start), Want.NONE)
-            for start in range(0, end, self._max_rows)
+            for start in range(first, end, self._max_rows)
         ]
 
+    def _take_back(self, sequence: int, length: int) -> None:
+        """Rows from `length` on are wanted neither here nor at the server."""
+        self._forget(sequence, length)
+        if self._link is not None and self._link.connection.length(sequence) > length:
+            self._say(Rollback(sequence, length))
+
     def _forget(self, sequence: int, length: int) -> None:
-        """Rows from `length` on are wanted neither here nor at the server, sent or not."""
+        """Nobody waits any more for rows from `length` on, and they are not sent."""
         owed, self._unanswered = self._unanswered, deque()
         for piece in owed:
             if piece.sequence == sequence and piece.end > length:
@@ -359,8 +366,6 @@ class RemoteTrunk:
             elif unsent.start < length:
                 rest = _Piece(sequence, unsent.start, length - unsent.start, Want.NONE)
                 self._waiting.append(rest)
-        if self._link is not None and self._link.connection.length(sequence) > length:
-            self._say(Rollback(sequence, length))
 
     def _pump_soon(self) -> None:
         if not self._pump_is_due:
@@ -372,6 +377,7 @@ class RemoteTrunk:
         self._pump_is_due = False
         link = self._link
         if link is None:
+            self._wake()
             return
         try:
             self._send_waiting(link)
@@ -491,16 +497,22 @@ class RemoteTrunk:
             raise
 
     def _replay(self, link: _Link) -> None:
-        """Say again what the server must know: sequences, answered rows, then unanswered pieces."""
+        """Say again what the server must know: sequences, answered rows, then unanswered pieces.
+
+        Between unanswered pieces there can be rows that nobody waits for any more.
+        """
         again: list[_Piece] = []
+        owed: list[_Piece] = []
+        reached = dict.fromkeys(self._chains, 0)
+        for piece in self._unanswered:
+            start = reached[piece.sequence]
+            (owed if start else again).extend(self._again(piece.sequence, start, piece.start))
+            owed.extend(self._parts(piece))
+            reached[piece.sequence] = piece.end
         for sequence, chain in self._chains.items():
             self._post(link, Begin(sequence, chain.capacity))
-            first = min(
-                (piece.start for piece in self._unanswered if piece.sequence == sequence),
-                default=len(chain.log),
-            )
-            again.extend(self._again(sequence, first))
-        owed = itertools.chain.from_iterable(map(self._parts, self._unanswered))
+            start = reached[sequence]
+            (owed if start else again).extend(self._again(sequence, start, len(chain.log)))
         self._waiting = deque([*again, *owed])
 
     def _rows_per_message(self, limits: Limits) -> int:
@@ -578,11 +590,22 @@ class RemoteTrunk:
         if self._closed or self._link is not link:
             return
         self._link = None
-        if isinstance(error, TransportError | SessionLost | Draining):
+        if isinstance(error, SessionLost) and not self._unanswered:
+            # Nobody waits: an idle session leaves its place to others until it is used again.
+            self._lapsed = link, error
+            self._recovery = asyncio.create_task(self._drop_link(link))
+        elif isinstance(error, TransportError | SessionLost | Draining):
             self._recovery = asyncio.create_task(self._recover(link, error))
         else:
             self._recovery = asyncio.create_task(self._drop_link(link))
             self._fail(error)
+
+    def _wake(self) -> None:
+        """Open a lapsed session again, now that something is to be sent."""
+        if self._lapsed is not None:
+            link, error = self._lapsed
+            self._lapsed = None
+            self._recovery = asyncio.create_task(self._recover(link, error))
 
     async def _recover(self, broken: _Link, error: FedseaError) -> None:
         began = time.monotonic()
