@@ -29,7 +29,7 @@ def bench(
     seconds: Annotated[float, typer.Option(help="Begin no further answer after so long.")] = 30.0,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a live server: time to the first token, tokens/s, and where each token's time goes.
+    """Measure a live server: speed, and where a token's time goes.
 
     One client, one request at a time. `make bench` in the repository measures all the rest.
     """

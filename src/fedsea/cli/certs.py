@@ -14,7 +14,7 @@ _LEAF_DAYS = 90
 
 app = typer.Typer(
     name="certs",
-    help="Make a private CA, and certificates and tokens for servers and clients.",
+    help="Make a private CA, certificates and tokens.",
     no_args_is_help=True,
 )
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fedsea.transport.recording import Recorder
 
 _PROMPT = "you> "
-_HELP = "/undo takes the last turn back, /reset forgets all, /stats shows figures, /quit ends"
+_HELP = "/undo takes back the last turn, /reset all of them; /stats, /help, /quit"
 
 
 @flattened

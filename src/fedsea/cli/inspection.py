@@ -31,7 +31,10 @@ def inspect(
     ] = 2048,
     as_json: AsJson = False,
 ) -> None:
-    """Show parameters, bytes and memory of each side of MODEL, and bytes on the wire."""
+    """Show what each side of MODEL needs, and bytes on the wire.
+
+    Parameters, bytes on disk and peak memory are known without loading anything.
+    """
     with screen.bar(f"reading {Path(model).name}"):
         from fedsea.model.checkpoint import Checkpoint
         from fedsea.model.inspection import inspect_model

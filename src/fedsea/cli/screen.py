@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Self
 
 import typer
@@ -31,13 +32,26 @@ err = Console(stderr=True, highlight=False)
 _KILO = 1000.0
 
 
+@dataclass(slots=True)
+class _Text:
+    """The result on its way to standard output: whether its last line is unfinished."""
+
+    is_under_way: bool = False
+
+
+_text = _Text()
+
+
 def fail(message: str) -> None:
     """One line that says what went wrong."""
     err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
 
 
 def notice(message: str) -> None:
-    """One line about something that the user should know."""
+    """One line about something that the user should know, below a text that is under way."""
+    if _text.is_under_way and out.is_terminal and err.is_terminal:
+        err.print()
+        _text.is_under_way = False
     err.print(Text.assemble(("note: ", "yellow"), message), soft_wrap=True)
 
 
@@ -57,6 +71,7 @@ def detail(message: str) -> None:
 def write(text: str) -> None:
     """A piece of the result, at once."""
     typer.echo(text, nl=False)
+    _text.is_under_way = not text.endswith("\n")
 
 
 def write_json(value: Mapping[str, Any]) -> None:

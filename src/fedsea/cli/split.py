@@ -36,9 +36,10 @@ def split(
     top: Top = 1,
     part: Annotated[Part, typer.Option(help="Write both bundles, or only one.")] = Part.BOTH,
 ) -> None:
-    """Write one bundle for each side, so that neither holds what belongs to the other.
+    """Write one bundle of MODEL for each side.
 
-    A bundle is used like a checkpoint: `fedsea serve OUT/trunk`, `fedsea generate OUT/client`.
+    Neither side then holds what belongs to the other. A bundle is used like a checkpoint:
+    `fedsea serve OUT/trunk`, `fedsea generate OUT/client`.
     """
     with screen.bar(f"splitting {Path(model).name}") as advance:
         from fedsea.model.bundles import split_checkpoint
