@@ -10,11 +10,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import structlog
-
 from fedsea.errors import ConfigError
-from fedsea.server import logs
 from fedsea.server.config import SecuritySection, ServerConfig
+from fedsea.server.logs import configure, get_logger
 from fedsea.server.metrics import MetricsServer
 from fedsea.server.service import SHORT_FINGERPRINT, TrunkService
 from fedsea.transport.address import Address
@@ -28,16 +26,17 @@ SPARE_STREAMS = 64
 EXIT_STOPPED = 0
 EXIT_FAILED = 1
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """A server that listens at `address`."""
+    """A server that listens at `address`; `metrics_address` is None when nobody may read them."""
 
     service: TrunkService
     server: GrpcServer
     address: Address
+    metrics_address: Address | None
 
     async def drain(self, grace: float) -> None:
         """Take no new sessions, let the open ones finish for `grace` seconds, then stop."""
@@ -68,7 +67,7 @@ def serve(config: ServerConfig, announce: Callable[[str], None] | None = None) -
     Raises:
         ConfigError, SecurityError, ModelError, BindError: the server cannot start.
     """
-    logs.configure(config.log)
+    configure(config.log)
     return asyncio.run(_run(config, announce or _print_line))
 
 
@@ -109,7 +108,9 @@ async def _serving(config: ServerConfig, service: TrunkService) -> AsyncIterator
         async with service:
             address = await server.start()
             try:
-                yield RunningServer(service, server, address)
+                yield RunningServer(
+                    service, server, address, None if metrics is None else metrics.address
+                )
             finally:
                 await server.stop()
     finally:

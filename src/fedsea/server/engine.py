@@ -20,7 +20,6 @@ from itertools import groupby
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TypeAlias
 
-import structlog
 import torch
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from fedsea.errors import ConfigError, FedseaError, LocalProtocolError, RemotePr
 from fedsea.model.partition import Span
 from fedsea.model.runner import NewRows, SpanRunner
 from fedsea.server.jobs import Job, Piece
+from fedsea.server.logs import get_logger
 from fedsea.server.metrics import Metrics
 from fedsea.server.scheduler import Grant, Scheduler
 from fedsea.wire.codecs import Codec, decode, encode
@@ -43,7 +43,7 @@ FAILED_STEP = "the server failed to compute a step: open a new session, and tell
 WorkEvent = Begin | Fork | Rollback | Drop | Append
 Result: TypeAlias = Output | FedseaError
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class Receiver(Protocol):

@@ -1,7 +1,8 @@
 """How the server logs: events with ids, counts and codes, as JSON lines or for a console.
 
-Records of libraries that use `logging` take the same way. Nothing that is logged holds text, rows,
-token ids or keys.
+Everything goes through `logging`, so that a program that embeds a server decides what it shows;
+`configure` is for the server's own process. Nothing that is logged holds text, rows, token ids or
+keys.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 from typing import Any
 
 import structlog
+from structlog.stdlib import BoundLogger, ProcessorFormatter
 
 from fedsea.server.config import LogSection
 
@@ -18,6 +20,20 @@ _SHARED: list[Any] = [
     structlog.stdlib.add_log_level,
     structlog.processors.TimeStamper(fmt="iso", utc=True),
 ]
+
+
+def get_logger(name: str) -> BoundLogger:
+    """A logger whose events carry keys and values."""
+    logger: BoundLogger = structlog.wrap_logger(
+        logging.getLogger(name),
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *_SHARED,
+            ProcessorFormatter.wrap_for_formatter,
+        ],
+        wrapper_class=BoundLogger,
+    )
+    return logger
 
 
 def configure(section: LogSection) -> None:
@@ -29,21 +45,11 @@ def configure(section: LogSection) -> None:
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
+        ProcessorFormatter(
             foreign_pre_chain=_SHARED,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            processors=[ProcessorFormatter.remove_processors_meta, renderer],
         )
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(section.level.upper())
-    structlog.configure(
-        processors=[
-            structlog.stdlib.filter_by_level,
-            *_SHARED,
-            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
-        ],
-        wrapper_class=structlog.stdlib.BoundLogger,
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        cache_logger_on_first_use=True,
-    )

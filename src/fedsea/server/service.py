@@ -13,8 +13,6 @@ from importlib.metadata import version
 from types import TracebackType
 from typing import Self
 
-import structlog
-
 from fedsea.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -28,6 +26,7 @@ from fedsea.model.partition import Span
 from fedsea.server import loading
 from fedsea.server.config import LimitsSection, ServerConfig
 from fedsea.server.engine import Engine, Work
+from fedsea.server.logs import get_logger
 from fedsea.server.metrics import Metrics
 from fedsea.server.quotas import Admissions, TokenBucket
 from fedsea.server.scheduler import Scheduler
@@ -42,7 +41,7 @@ from fedsea.wire.messages import Description, Notice, NoticeKind, Open, Opened, 
 RETRY_WHEN_DRAINING = 5.0
 SHORT_FINGERPRINT = 12
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class TrunkService:
