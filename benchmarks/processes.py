@@ -29,9 +29,19 @@ class Child:
         arguments: module and what follows it.
         log: file that takes its standard error.
         threads: threads for one operation.
+        spin: how often a thread looks for work before it sleeps; None for that of all others.
     """
 
-    def __init__(self, arguments: Sequence[str], log: Path, threads: int = THREADS) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        threads: int = THREADS,
+        spin: int | None = None,
+    ) -> None:
+        own = {"OMP_NUM_THREADS": str(threads)}
+        if spin is not None:
+            own["GOMP_SPINCOUNT"] = str(spin)
         self._log = log
         self._name = arguments[0]
         with log.open("wb") as opened:
@@ -41,7 +51,7 @@ class Child:
                 stdout=subprocess.PIPE,
                 stderr=opened,
                 text=True,
-                env={**environment(), "OMP_NUM_THREADS": str(threads)},
+                env={**environment(), **own},
             )
 
     def __enter__(self) -> Self:

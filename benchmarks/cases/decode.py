@@ -11,6 +11,7 @@ from benchmarks.bench import INT8, Bench, Mode
 from benchmarks.engines import Prompts, Run, Split, Unsplit, Whole
 from benchmarks.measure import Row, Spread, Target, at_least, interleave, ratios
 from benchmarks.modes import COMPILED, fp32_modes
+from benchmarks.processes import Child
 from benchmarks.settings import LARGE, SHAPES, SMALL
 
 CASE = "decode"
@@ -18,6 +19,8 @@ _WARM_UP_TOKENS = 4
 _EAGER = {SMALL.name: at_least(0.95), LARGE.name: at_least(1.0)}
 _COMPILED = {SMALL.name: at_least(1.25), LARGE.name: at_least(1.1)}
 _BATCH = 4
+# What GNU OpenMP takes when nothing is set and there are as many cores as threads.
+_LIBGOMP_SPIN = 300_000
 
 Engine = Whole | Unsplit | Split
 
@@ -33,6 +36,7 @@ def rows(bench: Bench) -> list[Row]:
     if not bench.scale.quick:
         for model in checkpoints.pretrained().values():
             found += _compare(bench, model, fp32_modes()[:1])
+        found += [_spin_row(bench, bench.model(shape)) for shape in SHAPES]
     return found
 
 
@@ -86,6 +90,30 @@ def _compare(
             )
         )
     return found
+
+
+def _spin_row(bench: Bench, model: Path) -> Row:
+    """Whether `transformers`, alone on the machine, would rather have libgomp's own spinning."""
+    bench.say(f"transformers with other spinning, {model.name}")
+    arguments = ["benchmarks.whole_process", str(model), str(bench.scale.prompt)]
+    log = bench.folder / "whole.log"
+    with Child(arguments, log) as short, Child(arguments, log, spin=_LIBGOMP_SPIN) as own:
+        children = (own, short)
+        for child in children:
+            child.line()
+
+        def rate(child: Child) -> float:
+            child.tell(str(bench.scale.new_tokens))
+            return float(child.line())
+
+        works = [partial(rate, child) for child in children]
+        owns, shorts = zip(*interleave(works, bench.scale.pairs), strict=True)
+    return Row(
+        case=CASE,
+        name=f"{model.name}, batch 1: transformers with libgomp's own spinning / with ours",
+        spread=ratios(owns, shorts),
+        note=f"{_LIBGOMP_SPIN:,} looks for work instead of those of all measurements",
+    )
 
 
 def make_prompts(model: Path, batch: int, count: int) -> Prompts:

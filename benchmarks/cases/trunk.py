@@ -34,6 +34,11 @@ class _Rates:
     wall: float
     batch: float
 
+    @property
+    def step_ms(self) -> float:
+        """Milliseconds of a step."""
+        return self.batch / self.computing * 1e3
+
 
 def rows(bench: Bench) -> list[Row]:
     """16 sessions against one, fp32 and bf16."""
@@ -104,6 +109,9 @@ def _trunk_rows(
 ) -> list[Row]:
     label = f"{model.name}, {mode.name}"
     batch = statistics.median(many.batch for _, many in pairs)
+    steps = [
+        statistics.median(rates.step_ms for rates in side) for side in zip(*pairs, strict=True)
+    ]
 
     def row(name: str, spread: Spread, target: Target | None = None, key: str | None = None) -> Row:
         return Row(
@@ -112,7 +120,8 @@ def _trunk_rows(
             spread=spread,
             target=target,
             key=key,
-            note=f"{batch:.1f} rows in a step of {_SESSIONS} sessions; context {_CONTEXT}",
+            note=f"a step of 1 session {steps[0]:.1f} ms, of {_SESSIONS} {steps[1]:.1f} ms with "
+            f"{batch:.1f} rows; context {_CONTEXT}",
         )
 
     return [
