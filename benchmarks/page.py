@@ -24,7 +24,8 @@ def newest(folder: Path) -> Path | None:
     """The newest results, a full run before a quick one; None when there are none."""
     found = sorted(folder.glob("*.json"))
     whole = [path for path in found if not path.stem.endswith("-quick")]
-    return (whole or found or [None])[-1]
+    candidates = whole or found
+    return candidates[-1] if candidates else None
 
 
 def table(results: Path | None) -> str:

@@ -26,19 +26,18 @@ RESULT = {
 
 
 def test_the_page_shows_the_newest_results():
-    """What is committed under benchmarks/results is what the page says; renew it with
-    `python -m benchmarks.page`.
-    """
+    """The page says what is committed; `python -m benchmarks.page` renews it."""
     text = page.PAGE.read_text(encoding="utf-8")
     assert text == page.with_table(text, page.table(page.newest(page.RESULTS)))
 
 
 def test_a_full_run_goes_before_a_newer_quick_one(tmp_path):
     """Quick results are shown only while there are no others."""
-    (tmp_path / "2026-02-02-cpu-quick.json").touch()
-    assert page.newest(tmp_path).name == "2026-02-02-cpu-quick.json"
-    (tmp_path / "2026-01-02-cpu.json").touch()
-    assert page.newest(tmp_path).name == "2026-01-02-cpu.json"
+    quick, full = tmp_path / "2026-02-02-cpu-quick.json", tmp_path / "2026-01-02-cpu.json"
+    quick.touch()
+    assert page.newest(tmp_path) == quick
+    full.touch()
+    assert page.newest(tmp_path) == full
 
 
 def test_without_results_the_page_says_how_to_get_some(tmp_path):
