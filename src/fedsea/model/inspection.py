@@ -131,15 +131,15 @@ def block_kv_shape(checkpoint: Checkpoint) -> KVShape:
 
 
 def client_weights(checkpoint: Checkpoint, partition: Partition, dtype: torch.dtype) -> int:
-    """Bytes that bottom and top need while they are loaded, the library included."""
+    """Bytes that bottom and top need while they are loaded, beyond the library itself."""
     memory = _client(checkpoint, partition, dtype, PREFILL_ROWS).memory
-    return memory.runtime + memory.weights + memory.loading
+    return memory.weights + memory.loading
 
 
 def trunk_weights(checkpoint: Checkpoint, span: Span, dtype: torch.dtype) -> int:
-    """Bytes that a span of blocks needs while it is loaded, the library included."""
+    """Bytes that a span of blocks needs while it is loaded, beyond the library itself."""
     memory = _side(checkpoint, (span,), {}, dtype, PREFILL_ROWS).memory
-    return memory.runtime + memory.weights + memory.loading
+    return memory.weights + memory.loading
 
 
 def check_memory(needed: int, what: str, device: torch.device | None = None) -> None:

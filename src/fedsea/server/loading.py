@@ -40,7 +40,7 @@ def load(config: ServerConfig) -> Trunk:
     """
     placement = _placement(config.model)
     checkpoint = Checkpoint.open(config.server.model)
-    span = _span(config.server.span, checkpoint.num_blocks)
+    span = _span(config.server.span, checkpoint)
     needed = trunk_weights(checkpoint, span, placement.kept_dtype)
     check_memory(needed, f"the trunk, blocks {span},", placement.device)
     blocks = load_trunk(checkpoint, span, placement)
@@ -65,8 +65,15 @@ def _placement(section: ModelSection) -> Placement:
     return Placement(device, DTYPES[section.dtype], section.quantization)
 
 
-def _span(text: str | None, num_blocks: int) -> Span:
-    span = Span(0, num_blocks) if text is None else Span.parse(text)
+def _span(text: str | None, checkpoint: Checkpoint) -> Span:
+    """The span that was asked for, or the widest that the files hold."""
+    num_blocks = checkpoint.num_blocks
+    if text is not None:
+        span = Span.parse(text)
+    elif checkpoint.bundle is not None:
+        span = checkpoint.bundle.partition.trunk_span(num_blocks)
+    else:
+        span = Span(0, num_blocks)
     if not len(span) or span.end > num_blocks:
         raise PartitionError(
             f"server.span {span} does not lie in a model of {num_blocks} blocks; "
