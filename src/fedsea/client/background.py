@@ -24,6 +24,11 @@ class Background:
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopped
+
     def start(self, work: Coroutine[Any, Any, T]) -> Pending[T]:
         """Begin work and return at once.
 

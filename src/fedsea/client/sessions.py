@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -29,6 +30,14 @@ from fedsea.errors import PromptTooLong, RequestError
 DEFAULT_ROWS = 2048
 
 
+@dataclass(slots=True)
+class _Branches:
+    """The branches of one session: how many are alive, and for how many there is room."""
+
+    alive: int
+    most: int
+
+
 class Session:
     """A text that grows: what was said stays in the caches of all three parts.
 
@@ -37,13 +46,20 @@ class Session:
     call, or `resume`, connects again and goes on.
     """
 
-    def __init__(self, llm: LLM, split: SplitSession, sequence: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        split: SplitSession,
+        sequence: int,
+        max_tokens: int,
+        branches: _Branches,
+    ) -> None:
         self._llm = llm
         self._split = split
         self._sequence = sequence
         self._max_tokens = max_tokens
         self._ids: list[int] = []
-        self._shared = [1]
+        self._branches = branches
         self._turn = asyncio.Lock()
 
     @classmethod
@@ -65,7 +81,8 @@ class Session:
         async def begin() -> int:
             return split.begin(tokens)
 
-        return cls(llm, split, llm.background.run(begin()), tokens)
+        branches = _Branches(alive=1, most=1 + forks)
+        return cls(llm, split, llm.background.run(begin()), tokens, branches)
 
     @property
     def position(self) -> int:
@@ -138,10 +155,14 @@ class Session:
         """A second session that starts as this one is now and goes its own way.
 
         Raises:
-            QuotaExceeded: the session was opened with too few `forks`.
-            RequestError: the session is closed.
+            RequestError: the session is closed, or was opened with too few `forks`.
         """
         self._check_open()
+        if self._branches.alive == self._branches.most:
+            raise RequestError(
+                f"the session was opened for {self._branches.most - 1} forks and has as many; "
+                "close one, or open it with more"
+            )
 
         async def branch() -> int:
             async with self._turn:
@@ -149,12 +170,10 @@ class Session:
             held = self._split.length(self._sequence)
             return self._split.fork(self._sequence, held, self._max_tokens)
 
-        forked = Session(
-            self._llm, self._split, self._llm.background.run(branch()), self._max_tokens
-        )
+        sequence = self._llm.background.run(branch())
+        forked = Session(self._llm, self._split, sequence, self._max_tokens, self._branches)
         forked._ids = list(self._ids)
-        forked._shared = self._shared
-        self._shared[0] += 1
+        self._branches.alive += 1
         return forked
 
     def resume(self) -> None:
@@ -172,8 +191,8 @@ class Session:
         if self._sequence < 0:
             return
         sequence, self._sequence = self._sequence, -1
-        self._shared[0] -= 1
-        last = self._shared[0] == 0
+        self._branches.alive -= 1
+        last = self._branches.alive == 0
 
         async def leave() -> None:
             if last:

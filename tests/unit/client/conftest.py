@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.conftest import memory_config
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from fedsea.client.llm import LLM
 from fedsea.client.remote import Patience
@@ -28,8 +32,8 @@ class Wire:
     """All connections of a client: their messages, and the one at which a connection ends.
 
     `cut_at` breaks a connection at message number n (from 1) of a direction: that message does not
-    arrive any more. `mute_at` lets the server fall silent there instead. While `down`, nobody
-    answers. Numbers count over all connections.
+    arrive any more. `mute_at` lets the server fall silent there instead; `hold_at` keeps that message
+    back until `release`. While `down`, nobody answers. Numbers count over all connections.
     """
 
     def __init__(self) -> None:
@@ -38,6 +42,9 @@ class Wire:
         self.connections = 0
         self.cut_at: tuple[Direction, int] | None = None
         self.mute_at: tuple[Direction, int] | None = None
+        self.hold_at: tuple[Direction, int] | None = None
+        self.holding = threading.Event()
+        self.release = asyncio.Event()
         self.down = False
 
     def channel(self, handler: Handler) -> Channel:
@@ -107,6 +114,9 @@ class _WireStream(ClientStream):
     async def _meets_fault(self, direction: Direction, data: bytes) -> bool:
         """Whether the message is swallowed; breaks the connection when that is due."""
         here = direction, self._wire.note(self._number, direction, data)
+        if here == self._wire.hold_at:
+            self._wire.holding.set()
+            await self._wire.release.wait()
         if here == self._wire.cut_at:
             await self._stream.cancel()
             raise ConnectionLost("the wire was cut")
@@ -146,9 +156,11 @@ class Split:
     def settled(self) -> bool:
         """Whether nothing is reserved, at the client and at the server."""
         pools = (*self.llm.split.parts.pools, self.service.trunk.runner.pool)
+        if any(pool.num_accounts for pool in pools):
+            return False
         for pool in pools:
             pool.check_integrity()
-        return not any(pool.num_accounts for pool in pools)
+        return True
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = 10.0) -> None:
         """Let the loop run until a condition holds that it is about to bring about."""
@@ -160,11 +172,44 @@ class Split:
 
         self.on_loop(poll())
 
+    def count_bottom(self) -> list[int]:
+        """A list that gets the number of tokens of every run of the bottom from now on."""
+        counts: list[int] = []
+        runner: Any = self.llm.split.parts.bottom
+        run = runner.run
+
+        def counted(entering: Tensor, batch: Any) -> Tensor:
+            counts.append(len(entering))
+            result: Tensor = run(entering, batch)
+            return result
+
+        runner.run = counted
+        return counts
+
     def close(self) -> None:
         """End both; nothing may be held by then."""
+        if self.llm.background.is_stopped:
+            asyncio.run(self.service.engine.stop())
+            return
         self.wait_until(self.settled)
         self.on_loop(self.service.__aexit__(None, None, None))
         self.llm.close()
+
+
+@pytest.fixture(scope="session")
+def greedy(tiny_model: Path) -> Callable[..., list[int]]:
+    """What the unsplit model of `transformers` answers to token ids, greedily."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager").eval()
+
+    def answer(ids: Sequence[int], count: int) -> list[int]:
+        prompt = torch.tensor([list(ids)])
+        whole = model.generate(
+            prompt, max_new_tokens=count, do_sample=False, attention_mask=torch.ones_like(prompt)
+        )
+        new: list[int] = whole[0, prompt.shape[1] :].tolist()
+        return new
+
+    return answer
 
 
 @pytest.fixture
