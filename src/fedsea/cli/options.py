@@ -215,6 +215,15 @@ class ClientModelOptions:
         ),
     ] = 0
 
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the decoding steps here first; takes a C++ compiler and a minute.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = False
+
     def connect(
         self,
         model: str,
@@ -247,6 +256,7 @@ class ClientModelOptions:
             device=self.device,
             codec=self.codec.value,
             quantization=self.quantization.value,
+            compile=self.compile,
             on_notice=on_notice,
         )
 

@@ -113,6 +113,15 @@ class SettingOptions:
             rich_help_panel=_MODEL,
         ),
     ] = None
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile",
+            help="Compile the decoding step first; takes a C++ compiler and a few minutes.",
+            show_default=False,
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
     kv_rows: Annotated[
         int | None,
         typer.Option(
@@ -174,6 +183,7 @@ _KEYS = {
     "quantization": ("model", "quantization"),
     "device": ("model", "device"),
     "threads": ("model", "threads"),
+    "compile": ("model", "compile"),
     "kv_rows": ("kv", "rows"),
     "kv_memory": ("kv", "memory"),
     "max_context": ("kv", "max_context"),

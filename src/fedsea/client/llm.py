@@ -82,6 +82,7 @@ class LLM:
         device: str = "cpu",
         codec: str = "auto",
         quantization: str = "none",
+        compile: bool = False,
         kv_rows: int = DEFAULT_KV_ROWS,
         release_memory: int = DEFAULT_MEMORY,
         patience: Patience | None = None,
@@ -100,6 +101,7 @@ class LLM:
             device: where bottom and top run.
             codec: how rows travel: "fp32", "bf16", "fp16", "int8", or "auto" for the dtype's.
             quantization: weight format of bottom and top: "none" or "int8".
+            compile: let torch compile the decoding steps here; takes a C++ compiler and a minute.
             kv_rows: rows of context that all requests of this process share.
             release_memory: bytes of releases kept in memory; more go to a temporary file.
             patience: how long to wait for places, answers and absent servers.
@@ -122,7 +124,7 @@ class LLM:
             "bottom and top",
             placement.device,
         )
-        parts = LocalParts.load(checkpoint, chosen, placement, kv_rows)
+        parts = LocalParts.load(checkpoint, chosen, placement, kv_rows, compile)
         expectation = Expectation(
             model=checkpoint.name,
             fingerprint=checkpoint.fingerprint(),

@@ -17,6 +17,7 @@ from fedsea.client.lockstep import Lockstep
 from fedsea.client.sampling import Sampler, sample_batch
 from fedsea.errors import Capacity, FedseaError
 from fedsea.model.checkpoint import Checkpoint
+from fedsea.model.compilation import compile_decode
 from fedsea.model.kv_pool import KVPool
 from fedsea.model.partition import Partition
 from fedsea.model.runner import NewRows, SpanRunner
@@ -145,7 +146,12 @@ class LocalParts:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, partition: Partition, placement: Placement, kv_rows: int
+        cls,
+        checkpoint: Checkpoint,
+        partition: Partition,
+        placement: Placement,
+        kv_rows: int,
+        compile_steps: bool = False,
     ) -> LocalParts:
         """Load both parts; the trunk's tensors are never read.
 
@@ -154,12 +160,17 @@ class LocalParts:
             partition: what is ours.
             placement: device, dtype and weight format.
             kv_rows: rows of context that all requests share.
+            compile_steps: compile decoding; takes a C++ compiler and up to a minute.
         """
         top = load_top(checkpoint, partition.top_span(checkpoint.num_blocks), placement)
         bottom = load_bottom(checkpoint, partition.bottom_span(), placement)
-        return cls(
+        parts = cls(
             SpanRunner(bottom, kv_rows, placement), SpanRunner(top.span, kv_rows, placement), top
         )
+        if compile_steps:
+            compile_decode(bottom)
+            compile_decode(top.span)
+        return parts
 
     @property
     def pools(self) -> tuple[KVPool, KVPool]:

@@ -14,9 +14,11 @@ B sequences read together, n new rows of each.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +122,16 @@ class RaggedBatch:
     store_rows: int = 0
     plans: dict[int, Plan] = field(default_factory=dict)
 
+    @property
+    def num_rows(self) -> int:
+        """Packed rows, T."""
+        return int(self.position_ids.shape[1])
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every sequence adds exactly one row to what is kept."""
+        return self.slots is not None and len(self.items) == self.num_rows
+
     @classmethod
     def whole(cls, counts: Iterable[int], device: torch.device) -> RaggedBatch:
         """Whole sequences of the given lengths, run without a cache, as in training."""
@@ -140,12 +152,29 @@ class RaggedBatch:
         return self.plans[window]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How a layer makes scores: their factor, their soft cap and its sliding window (0: none)."""
+
+    scaling: float
+    softcap: float | None = None
+    window: int = 0
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class KVContext:
-    """What the attention of one span reads and writes."""
+    """What the attention of one span reads and writes.
+
+    `number` names the context inside compiled code, which cannot hold Python objects.
+    """
 
     cache: KVCache | None = None
     batch: RaggedBatch | None = None
+    number: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.number = next(_numbers)
+        _contexts[self.number] = self
 
     def keep(
         self, batch: RaggedBatch, layer: int, key: Tensor, value: Tensor
@@ -282,28 +311,56 @@ def attend(
         (1, T, H, D) and no weights.
     """
     context: KVContext = module.kv_context  # type: ignore[assignment]
+    layer: int = module.kv_layer  # type: ignore[assignment]
+    scores = Scores(
+        scaling or query.shape[-1] ** -0.5, kwargs.get("softcap"), kwargs.get("sliding_window") or 0
+    )
+    sinks: Tensor | None = kwargs.get("s_aux")
+    if torch.compiler.is_compiling():
+        found = torch.ops.fedsea.attend(
+            query,
+            key,
+            value,
+            sinks,
+            context.number,
+            layer,
+            scores.scaling,
+            scores.softcap,
+            scores.window,
+        )
+        return found, None
+    return mix(context, layer, query, key, value, sinks, scores), None
+
+
+def mix(
+    context: KVContext,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    scores: Scores,
+) -> Tensor:
+    """Keep the new rows and mix the values that each query reads: (1, T, H, D)."""
     batch = context.batch
     if batch is None:
         raise RuntimeError("attention was called outside BlockSpan.run")
-    keys, values = context.keep(batch, module.kv_layer, key, value)  # type: ignore[arg-type]
-    plan = batch.plan(kwargs.get("sliding_window") or 0)
-    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    keys, values = context.keep(batch, layer, key, value)
+    plan = batch.plan(scores.window)
     rows = query[0].transpose(0, 1)
     parts = []
     for reading in plan.readings:
         inputs = reading.queries(rows), reading.keys(keys), reading.keys(values)
-        if softcap is None and sinks is None:
-            mixed = _fused(*inputs, reading, scaling)
+        if scores.softcap is None and sinks is None:
+            mixed = _fused(*inputs, reading, scores)
         else:
-            mixed = _explicit(*inputs, reading, scaling or query.shape[-1] ** -0.5, softcap, sinks)
+            mixed = _explicit(*inputs, reading, scores, sinks)
         parts.append(mixed.flatten(0, 1))
     joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return (joined if plan.order is None else joined[plan.order])[None], None
+    return (joined if plan.order is None else joined[plan.order])[None]
 
 
-def _fused(
-    query: Tensor, keys: Tensor, values: Tensor, reading: Reading, scaling: float | None
-) -> Tensor:
+def _fused(query: Tensor, keys: Tensor, values: Tensor, reading: Reading, scores: Scores) -> Tensor:
     """Scores through torch's fused kernel: (B, n, H, D), keys and values (B, L, G, D)."""
     heads, groups = query.shape[2], keys.shape[2]
     mask = None if reading.mask is None else reading.mask[:, None]
@@ -311,7 +368,9 @@ def _fused(
     if reading.count == 1:
         # One row reads every key, so the query heads of a group are simply more rows.
         folded = query.reshape(-1, groups, heads // groups, query.shape[3])
-        mixed = scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scaling)
+        mixed = scaled_dot_product_attention(
+            folded, keys, values, attn_mask=mask, scale=scores.scaling
+        )
         return mixed.reshape(-1, 1, heads, values.shape[3])
     mixed = scaled_dot_product_attention(
         query.transpose(1, 2),
@@ -319,7 +378,7 @@ def _fused(
         values,
         attn_mask=mask,
         is_causal=reading.is_causal,
-        scale=scaling,
+        scale=scores.scaling,
         enable_gqa=groups != heads,
     )
     return mixed.transpose(1, 2)
@@ -330,25 +389,24 @@ def _explicit(
     keys: Tensor,
     values: Tensor,
     reading: Reading,
-    scaling: float,
-    softcap: float | None,
+    scores: Scores,
     sinks: Tensor | None,
 ) -> Tensor:
     """Scores written out, for soft-capped logits (Gemma 2) and attention sinks (gpt-oss)."""
     heads, groups = query.shape[2], keys.shape[2]
     folded = query.unflatten(2, (groups, heads // groups))
-    scores = torch.einsum("bnghd,blgd->bghnl", folded, keys) * scaling
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    scored = torch.einsum("bnghd,blgd->bghnl", folded, keys) * scores.scaling
+    if scores.softcap is not None:
+        scored = torch.tanh(scored / scores.softcap) * scores.softcap
     mask = reading.mask
     if reading.is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()[None]
+        mask = torch.ones(scored.shape[-2:], dtype=torch.bool, device=scored.device).tril()[None]
     if mask is not None:
-        scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
+        scored = scored.masked_fill(~mask[:, None, None], torch.finfo(scored.dtype).min)
     if sinks is not None:
-        column = sinks.reshape(groups, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, column.to(scores.dtype)], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        column = sinks.reshape(groups, -1, 1, 1).expand(*scored.shape[:-1], 1)
+        scored = torch.cat([scored, column.to(scored.dtype)], dim=-1)
+    weights = torch.softmax(scored, dim=-1, dtype=torch.float32).to(query.dtype)
     if sinks is not None:
         weights = weights[..., :-1]
     return torch.einsum("bghnl,blgd->bnghd", weights, values).flatten(2, 3)
@@ -357,3 +415,42 @@ def _explicit(
 def register() -> None:
     """Make `attend` known to transformers; calling it again changes nothing."""
     AttentionInterface.register(ATTENTION_NAME, attend)
+
+
+def _attend_compiled(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    context: int,
+    layer: int,
+    scaling: float,
+    softcap: float | None,
+    window: int,
+) -> Tensor:
+    """`mix` as one opaque step of compiled code, whose last rows may be padding."""
+    owner = _contexts[context]
+    rows = owner.batch.num_rows if owner.batch is not None else 0
+    scores = Scores(scaling, softcap, window)
+    new = query[:, :, :rows], key[:, :, :rows], value[:, :, :rows]
+    mixed = mix(owner, layer, *new, sinks, scores)
+    if rows == query.shape[2]:
+        return mixed.contiguous()
+    padded = mixed.new_zeros(1, query.shape[2], *mixed.shape[2:])
+    padded[:, :rows] = mixed
+    return padded
+
+
+def _attend_shape(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:  # noqa: ARG001
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+_numbers = itertools.count()
+_contexts: WeakValueDictionary[int, KVContext] = WeakValueDictionary()
+_library = torch.library.Library("fedsea", "FRAGMENT")
+_library.define(
+    "attend(Tensor query, Tensor key, Tensor value, Tensor? sinks, int context, int layer, "
+    "float scaling, float? softcap, int window) -> Tensor"
+)
+_library.impl("attend", _attend_compiled, "CompositeExplicitAutograd")
+_library.impl("attend", _attend_shape, "Meta")

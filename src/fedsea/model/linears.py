@@ -12,8 +12,11 @@ row's result never depends on the other rows (other tenants' rows) of the batch.
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +54,13 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = source.in_features, source.out_features
         self.bias = source.bias
         self.register_buffer("weight", _pack(source.weight.detach()), persistent=False)
+        self.number = _register(self)
 
     def forward(self, rows: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
+        if torch.compiler.is_compiling():
+            product: Tensor = torch.ops.fedsea.packed_product(rows, self.number, self.out_features)
+            return product
         if torch.is_grad_enabled():
             return linear(rows, self.weight.to_dense(), self.bias)
         return _packed_product(rows, self.weight, self.bias)
@@ -84,6 +91,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("scales", scales, persistent=False)
         self.register_buffer("zeros", torch.zeros_like(scales, dtype=torch.int32), persistent=False)
         self.bias = None if source.bias is None else nn.Parameter(source.bias.detach().float())
+        self.number = _register(self)
 
     def forward(self, rows: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype of the input.
@@ -96,14 +104,21 @@ class Int8Linear(nn.Module):
         flat = rows.reshape(-1, self.in_features).float()
         row_scales = flat.abs().amax(dim=1, keepdim=True).clamp_min_(1e-30) / 127.0
         codes = torch.round(flat / row_scales).add_(128.0).to(torch.uint8)
-        product: Tensor = torch.ops.onednn.qlinear_pointwise(
+        product = self.product_of_codes(codes) * row_scales
+        if self.bias is not None:
+            product = product + self.bias
+        return product.reshape(*rows.shape[:-1], self.out_features).to(rows.dtype)
+
+    def product_of_codes(self, codes: Tensor) -> Tensor:
+        """(n, in) codes around 128 to (n, out), scaled by the weights' scales only."""
+        if torch.compiler.is_compiling():
+            product: Tensor = torch.ops.fedsea.int8_product(codes, self.number, self.out_features)
+            return product
+        product = torch.ops.onednn.qlinear_pointwise(
             codes, 1.0, 128, self.packed, self.scales, self.zeros,
             None, 1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
-        product.mul_(row_scales)
-        if self.bias is not None:
-            product += self.bias
-        return product.reshape(*rows.shape[:-1], self.out_features).to(rows.dtype)
+        return product
 
 
 def use_fast_linears(module: nn.Module, release: Release = _keep) -> nn.Module:
@@ -193,3 +208,42 @@ def _replace_linears(
         if replacement is not child:
             setattr(module, name, replacement)
     return module
+
+
+# Compiled code cannot hold packed weights, so it names the layer by a number.
+_numbers = itertools.count()
+_layers: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+
+
+def _register(layer: nn.Module) -> int:
+    number = next(_numbers)
+    _layers[number] = layer
+    return number
+
+
+def _packed_compiled(rows: Tensor, layer: int, out_features: int) -> Tensor:  # noqa: ARG001
+    found: Any = _layers[layer]
+    return _packed_product(rows, found.weight, found.bias)
+
+
+def _int8_compiled(codes: Tensor, layer: int, out_features: int) -> Tensor:  # noqa: ARG001
+    found: Any = _layers[layer]
+    product: Tensor = found.product_of_codes(codes)
+    return product
+
+
+def _packed_shape(rows: Tensor, layer: int, out_features: int) -> Tensor:  # noqa: ARG001
+    return rows.new_empty(*rows.shape[:-1], out_features)
+
+
+def _int8_shape(codes: Tensor, layer: int, out_features: int) -> Tensor:  # noqa: ARG001
+    return codes.new_empty(codes.shape[0], out_features, dtype=torch.float32)
+
+
+_library = torch.library.Library("fedsea", "FRAGMENT")
+_library.define("packed_product(Tensor rows, int layer, int out_features) -> Tensor")
+_library.define("int8_product(Tensor codes, int layer, int out_features) -> Tensor")
+_library.impl("packed_product", _packed_compiled, "CPU")
+_library.impl("packed_product", _packed_shape, "Meta")
+_library.impl("int8_product", _int8_compiled, "CPU")
+_library.impl("int8_product", _int8_shape, "Meta")

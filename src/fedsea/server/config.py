@@ -70,12 +70,17 @@ class ServerSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSection:
-    """How the blocks are kept and computed; `threads` of 0 leaves torch's own number."""
+    """How the blocks are kept and computed; `threads` of 0 leaves torch's own number.
+
+    `compile` lets torch compile the decoding step before the server is ready, which takes a C++
+    compiler and up to a few minutes.
+    """
 
     dtype: str = "fp32"
     quantization: str = "none"
     device: str = "cpu"
     threads: int = 0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         _one_of(DTYPES, "model.dtype", self.dtype)

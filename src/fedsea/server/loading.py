@@ -9,6 +9,7 @@ import torch
 
 from fedsea.errors import ConfigError, OutOfMemory, PartitionError
 from fedsea.model.checkpoint import Checkpoint
+from fedsea.model.compilation import compile_decode
 from fedsea.model.inspection import check_memory, trunk_weights
 from fedsea.model.partition import Span
 from fedsea.model.runner import SpanRunner
@@ -46,11 +47,14 @@ def load(config: ServerConfig) -> Trunk:
     blocks = load_trunk(checkpoint, span, placement)
     context = config.kv.max_context or _trained_context(checkpoint)
     rows = _pool_rows(config.kv, blocks, placement, context)
+    runner = SpanRunner(blocks, rows, placement, config.kv.page_rows)
+    if config.model.compile:
+        compile_decode(blocks)
     return Trunk(
         checkpoint=checkpoint,
         fingerprint=checkpoint.fingerprint(),
         span=span,
-        runner=SpanRunner(blocks, rows, placement, config.kv.page_rows),
+        runner=runner,
         max_context=min(context, rows),
     )
 
