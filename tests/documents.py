@@ -79,7 +79,8 @@ def blocks(page: Path) -> list[Block]:
 
 def _blocks(page: Path) -> Iterator[Block]:
     reason: str | None = None
-    language, first, code = None, 0, []
+    language: str | None = None
+    first, code = 0, list[str]()
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
         if language is None and line.startswith("```"):
             language, first, code = line[3:].strip(), number, []
