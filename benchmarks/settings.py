@@ -51,7 +51,7 @@ class Scale:
         new_tokens: tokens that follow it.
         steps: steps of a thin load, for each session.
         naive_tokens: tokens of the naive protocol, each of which computes the whole context.
-        processes: numbers of client processes at the same time.
+        processes: numbers of client processes at the same time, ascending.
     """
 
     quick: bool
@@ -64,7 +64,7 @@ class Scale:
 
 
 QUICK = Scale(quick=True, pairs=3, new_tokens=64, steps=40, naive_tokens=4, processes=(4,))
-FULL = Scale(quick=False, pairs=5, new_tokens=128, steps=100, naive_tokens=8, processes=(4, 16))
+FULL = Scale(quick=False, pairs=5, new_tokens=128, steps=100, naive_tokens=8, processes=(1, 4, 16))
 
 
 def environment(given: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -143,8 +143,8 @@ def _process_rows(bench: Bench, model: Path, whole: Whole) -> list[Row]:
     found = []
     with ExitStack() as stack:
         clients: list[ClientProcess] = []
-        alone: list[float] = []
-        for count in (1, *bench.scale.processes):
+        alone: tuple[float, ...] = ()
+        for count in bench.scale.processes:
             bench.say(f"{count} client processes, {model.name}")
             clients += _start(bench, model, served.address, count - len(clients), stack)
             works: list[Callable[[], float]] = [
@@ -154,17 +154,17 @@ def _process_rows(bench: Bench, model: Path, whole: Whole) -> list[Row]:
             pairs = interleave(works, bench.scale.pairs)
             batch, rates = zip(*pairs, strict=True)
             if count == 1:
-                alone = list(rates)
-                continue
-            versus = ("transformers batch of 4", batch) if count == _FEW else ("1", alone)
-            found.append(
-                Row(
-                    case=CASE,
-                    name=f"{model.name}: {count} processes / {versus[0]}, decoding",
-                    spread=ratios(rates, versus[1]),
-                    note=_process_note(model, count),
+                alone = rates
+            else:
+                against = ("transformers batch of 4", batch) if count == _FEW else ("1", alone)
+                found.append(
+                    Row(
+                        case=CASE,
+                        name=f"{model.name}: {count} processes / {against[0]}, decoding",
+                        spread=ratios(rates, against[1]),
+                        note=_process_note(model, count),
+                    )
                 )
-            )
     return found
 
 

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import checkpoints
-from benchmarks.bench import INT8, Bench, Mode
+from benchmarks.bench import FP32, INT8, Bench, Mode
 from benchmarks.engines import Prompts, Run, Split, Unsplit, Whole
 from benchmarks.measure import Row, Spread, Target, at_least, interleave, ratios
-from benchmarks.modes import COMPILED, fp32_modes
+from benchmarks.modes import FP32_COMPILED, fp32_modes, int8_modes
 from benchmarks.processes import Child
 from benchmarks.settings import LARGE, SHAPES, SMALL
 
@@ -32,10 +32,10 @@ def rows(bench: Bench) -> list[Row]:
         model = bench.model(shape)
         found += _batch_of_one(bench, model)
         if shape is SMALL or not bench.scale.quick:
-            found += _compare(bench, model, fp32_modes()[:1], batch=_BATCH)
+            found += _compare(bench, model, (FP32,), batch=_BATCH)
     if not bench.scale.quick:
         for model in checkpoints.pretrained().values():
-            found += _compare(bench, model, fp32_modes()[:1])
+            found += _compare(bench, model, (FP32,))
         found += [_spin_row(bench, bench.model(shape)) for shape in SHAPES]
     return found
 
@@ -43,17 +43,16 @@ def rows(bench: Bench) -> list[Row]:
 def int8_rows(bench: Bench) -> list[Row]:
     """Both sides with int8 weights against `transformers` in fp32."""
     model = bench.model(LARGE)
-    return _compare(bench, model, (INT8,), {INT8: at_least(2.2)}, {INT8: "int8_1024x12"})
+    modes = int8_modes(bench.scale)
+    targets = dict.fromkeys(modes, at_least(2.2))
+    return _compare(bench, model, modes, targets, {INT8: "int8_1024x12"})
 
 
 def _batch_of_one(bench: Bench, model: Path) -> list[Row]:
-    """Every mode has a row; the key takes the one that the product uses by default."""
-    modes = fp32_modes()
-    targets = {
-        mode: (_COMPILED if mode is COMPILED else _EAGER).get(model.name, at_least(1.0))
-        for mode in modes
-    }
-    return _compare(bench, model, modes, targets, {modes[0]: f"decode_{model.name}"})
+    """Every mode has a row; the key takes the default mode."""
+    targets = {FP32: _EAGER[model.name], FP32_COMPILED: _COMPILED[model.name]}
+    keys = {FP32: f"decode_{model.name}"}
+    return _compare(bench, model, fp32_modes(bench.scale), targets, keys)
 
 
 def _compare(

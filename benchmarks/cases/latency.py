@@ -52,7 +52,8 @@ def _first_token_rows(bench: Bench, shape: Shape) -> list[Row]:
 
 def split_rows(bench: Bench) -> list[Row]:
     """The wall time of a token less the time in which its blocks were computed."""
-    return [row for shape in SHAPES for row in _split_rows(bench, shape)]
+    shapes = (SMALL,) if bench.scale.quick else SHAPES
+    return [row for shape in shapes for row in _split_rows(bench, shape)]
 
 
 def _split_rows(bench: Bench, shape: Shape) -> list[Row]:
