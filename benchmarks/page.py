@@ -36,8 +36,8 @@ def table(results: Path | None) -> str:
     hardware = about["hardware"]
     lines = [
         f"Measured on {about['date']} with `{about['command']}` on {hardware['processor']}, "
-        f"{hardware['cores']} cores, commit {about['commit']}; load average before and after: "
-        f"{about['load_before']:.1f}, {about['load_after']:.1f}. "
+        f"{hardware['cores']} cores, commit {about['commit']}; other processes used "
+        f"{about['others']:.2f} cores meanwhile. "
         f"All rows: `benchmarks/results/{results.stem}.md`.",
         "",
         "| | median | least to greatest | target | |",

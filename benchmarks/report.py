@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -32,7 +33,13 @@ _STYLES = {Verdict.MET: "green", Verdict.MISSED: "red", Verdict.NONE: ""}
 
 @dataclass(frozen=True, slots=True)
 class Circumstances:
-    """Where, when, with what and how busy the machine was (load of the last minute)."""
+    """Where, when, with what, and how busy the machine was.
+
+    Attributes:
+        load_before: load average of the last minute when the run began; `load_after` at its end.
+        others: cores that other processes used during the run, on average. Far above zero, the
+            run says little.
+    """
 
     date: str
     commit: str
@@ -42,7 +49,25 @@ class Circumstances:
     environment: Mapping[str, str]
     load_before: float
     load_after: float
+    others: float
     seconds: float
+
+
+class Clock:
+    """What was spent since it was made: seconds, and cores by processes that are not ours."""
+
+    def __init__(self) -> None:
+        self.load = os.getloadavg()[0]
+        self._began, self._all, self._own = time.monotonic(), _all_seconds(), _own_seconds()
+
+    def seconds(self) -> float:
+        """Of the wall clock."""
+        return time.monotonic() - self._began
+
+    def others(self) -> float:
+        """Cores used by others on average; our child processes count once they have ended."""
+        theirs = (_all_seconds() - self._all) - (_own_seconds() - self._own)
+        return max(0.0, theirs / self.seconds())
 
 
 def summary(rows: Sequence[Row]) -> dict[str, float | None]:
@@ -117,7 +142,8 @@ def as_markdown(rows: Sequence[Row], about: Circumstances) -> str:
         f"- hardware: {hardware}",
         f"- versions: {versions}",
         f"- environment of all processes: {settings}",
-        f"- load average before {about.load_before:.2f}, after {about.load_after:.2f}",
+        f"- load average before {about.load_before:.2f}, after {about.load_after:.2f}; "
+        f"other processes used {about.others:.2f} cores",
         "",
         "| measured | median | least to greatest | target | | note |",
         "|---|---:|---:|---:|---|---|",
@@ -143,7 +169,7 @@ def save(rows: Sequence[Row], about: Circumstances, folder: Path, suffix: str) -
     return written
 
 
-def circumstances(command: str, load_before: float, seconds: float) -> Circumstances:
+def circumstances(command: str, clock: Clock) -> Circumstances:
     """What is known about this machine and these packages."""
     return Circumstances(
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -152,9 +178,10 @@ def circumstances(command: str, load_before: float, seconds: float) -> Circumsta
         hardware=_hardware(),
         versions={"python": platform.python_version(), **{n: version(n) for n in _PACKAGES}},
         environment={name: os.environ.get(name, "") for name in _VARIABLES},
-        load_before=load_before,
+        load_before=clock.load,
         load_after=os.getloadavg()[0],
-        seconds=seconds,
+        others=round(clock.others(), 2),
+        seconds=clock.seconds(),
     )
 
 
@@ -173,6 +200,18 @@ def format_value(value: float, unit: str) -> str:
 
 def _values(row: Row) -> tuple[float, float, float]:
     return row.spread.median, row.spread.low, row.spread.high
+
+
+def _all_seconds() -> float:
+    """Processor seconds of all processes of this machine so far."""
+    times = psutil.cpu_times()
+    return float(sum(getattr(times, name, 0.0) for name in ("user", "nice", "system")))
+
+
+def _own_seconds() -> float:
+    """Processor seconds of this process and of its children that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _hardware() -> dict[str, Any]:

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,13 +30,14 @@ def main(arguments: Sequence[str]) -> int:
     from benchmarks import report
     from benchmarks.suite import measure
 
-    began, load = time.monotonic(), os.getloadavg()[0]
+    clock = report.Clock()
     scale = QUICK if options.quick else FULL
     outcome = measure(scale, options.folder, options.only)
-    about = report.circumstances(_command(arguments), load, time.monotonic() - began)
+    about = report.circumstances(_command(arguments), clock)
     report.show(outcome.rows, Console(width=None if sys.stdout.isatty() else 160))
     for line in outcome.remarks:
         print(line)
+    print(f"{about.seconds:.0f} s; other processes used {about.others:.2f} cores meanwhile")
     if not options.no_save:
         for path in report.save(outcome.rows, about, options.output, "-quick" * options.quick):
             print(f"wrote {path}")

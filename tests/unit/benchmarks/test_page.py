@@ -10,8 +10,7 @@ RESULT = {
     "command": "python -m benchmarks.run",
     "commit": "abc",
     "hardware": {"processor": "Fast CPU", "cores": 2},
-    "load_before": 0.1,
-    "load_after": 2.0,
+    "others": 0.1,
     "rows": [
         {
             "name": "ours / theirs", "unit": "x", "median": 1.5, "low": 1.0, "high": 2.0, "count": 5,

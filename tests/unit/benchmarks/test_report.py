@@ -1,6 +1,7 @@
 """The summary line, the files, and what they say."""
 
 import json
+import os
 
 import pytest
 from benchmarks import report
@@ -19,6 +20,7 @@ def about():
         environment={"OMP_NUM_THREADS": "2"},
         load_before=0.5,
         load_after=1.5,
+        others=0.25,
         seconds=12.0,
     )
 
@@ -70,7 +72,7 @@ def test_files_are_named_by_date_and_processor(rows, about, tmp_path):
     assert stored["rows"][0]["verdict"] == "met"
     assert stored["rows"][0]["low"] == 1.0
     assert stored["rows"][1]["target"] is None
-    assert {"hardware", "versions", "command", "load_before", "load_after"} <= stored.keys()
+    assert {"hardware", "versions", "command", "load_before", "others"} <= stored.keys()
     page = written[1].read_text()
     assert "| decode: ours / theirs | 1.23x | 1.00x to 2.00x | >= 1 | met |" in page
     assert "| wire: bytes per token | 4,133 B |  |  |" in page
@@ -88,3 +90,12 @@ def test_files_are_named_by_date_and_processor(rows, about, tmp_path):
 def test_numbers_are_as_precise_as_is_useful(value, unit, text):
     """No digits that mean nothing."""
     assert report.format_value(value, unit) == text
+
+
+def test_our_own_work_is_not_that_of_others():
+    """What this process computes is taken off what the machine computed."""
+    clock = report.Clock()
+    own = sum(range(3_000_000))
+    assert own
+    assert clock.others() <= (os.cpu_count() or 1) + 0.5
+    assert clock.seconds() > 0
