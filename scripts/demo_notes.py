@@ -945,11 +945,11 @@ class Document:
         return self.text or "\n".join(turn.text for turn in self.turns)
 
 
-def document(seed: int, index: int, kinds: Sequence[str] | None = None) -> Document:
-    """Sample number `index` of the endless stream of `seed`, of one of `kinds` (or `KINDS`)."""
+def document(seed: int, index: int) -> Document:
+    """Sample number `index` of the endless stream of `seed`."""
     draw = Draw(seed, index)
     visit = draw_visit(draw)
-    kind = draw.one(kinds or KINDS)
+    kind = draw.one(KINDS)
     if kind == "chat":
         turns = write_chat(draw, visit)
         return Document(kind=kind, visit=visit, nats=draw.nats, turns=turns)
@@ -959,7 +959,6 @@ def document(seed: int, index: int, kinds: Sequence[str] | None = None) -> Docum
         "follow-up": write_follow_up,
         "letter": write_letter,
         "day list": write_day_list,
-        "review list": write_review_list,
     }
     text = writers[kind](draw, visit)
     return Document(kind=kind, visit=visit, nats=draw.nats, text=text)
@@ -979,14 +978,6 @@ KINDS: Final = (
     "chat",
 )
 """Kinds of documents, as often as they are to be drawn."""
-
-LOOKUP_KINDS: Final = (
-    *("chat",) * 5,
-    *("note",) * 2,
-    *("review list",) * 2,
-    *("day list", "paragraph", "letter", "follow-up"),
-)
-"""Kinds for a second course, rich in names and dates that are told above and needed below."""
 
 
 def draw_visit(draw: Draw) -> Visit:
@@ -1227,17 +1218,6 @@ def write_day_list(draw: Draw, visit: Visit) -> str:
             *seen,
         )
     )
-
-
-def write_review_list(draw: Draw, visit: Visit) -> str:
-    """Visits of several patients, each with the time to review and its date."""
-    visits = (visit, *(draw_visit(draw) for _ in range(draw.number(2, 4))))
-    lines = [
-        f"{each.patient.full_name} was seen on {written_date(each.date)} because of "
-        f"{each.reason}. Review in {each.review}. Next visit: {written_date(each.next_date)}"
-        for each in visits
-    ]
-    return "\n".join(("Review list", *lines))
 
 
 def write_summary(visit: Visit) -> str:

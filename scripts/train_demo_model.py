@@ -3,8 +3,7 @@
 Owns the recipe: tokenizer, chat template, model shape, optimisation, and the record of how the
 training went (`training.json`, written beside the weights). From the repository's root:
 
-    python -m scripts.train_demo_model --out FIRST
-    python -m scripts.train_demo_model --start FIRST --out DIR
+    python -m scripts.train_demo_model --out DIR
 
 The text, the order of the batches and the first weights follow from the seed; the result is equal
 bit for bit on one machine with one thread, and up to rounding elsewhere.
@@ -21,19 +20,18 @@ import platform
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import tokenizers
 import torch
 import transformers
-from scripts.demo_notes import KINDS, LOOKUP_KINDS, Document, document
+from scripts.demo_notes import Document, document
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -64,10 +62,6 @@ CHAT_TEMPLATE: Final = (
 )
 
 
-KEPT_OF_FIRST_COURSE: Final = ("date", "recipe", "trained_tokens", "seconds", "loss", "curve")
-"""What the record of the second course says of the first."""
-
-
 @dataclass(frozen=True, slots=True)
 class Phase:
     """A stretch of the training with one shape of its batches: rows of so many tokens."""
@@ -79,9 +73,9 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything that a course of training depends on, apart from the grammar itself."""
+    """Everything that the trained weights depend on, apart from the grammar itself."""
 
-    steps: int = 3000
+    steps: int
     seed: int = 20311
     held_out_seed: int = 77003
     held_out_documents: int = 100
@@ -101,7 +95,6 @@ class Recipe:
     weight_decay: float = 0.1
     largest_gradient: float = 1.0
     drill_share: float = 0.12
-    kinds: tuple[str, ...] = KINDS
     phases: tuple[Phase, ...] = (
         Phase(0.75, 8, 256),
         Phase(0.17, 4, 512),
@@ -128,21 +121,6 @@ class Recipe:
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         drop = 0.5 * (1 + math.cos(math.pi * done))
         return self.last_learning_rate + (self.peak_learning_rate - self.last_learning_rate) * drop
-
-
-FIRST_COURSE: Final = Recipe()
-"""From random weights, on all kinds of text."""
-
-SECOND_COURSE: Final = Recipe(
-    steps=1400,
-    seed=20312,
-    peak_learning_rate=6e-3,
-    warmup_steps=30,
-    drill_share=0.0,
-    kinds=LOOKUP_KINDS,
-    phases=(Phase(0.6, 8, 256), Phase(0.3, 4, 512), Phase(0.1, 2, 1024)),
-)
-"""From the checkpoint of the first course, on texts that ask for what stands further up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +187,7 @@ def training_rows(tokenizer: Any, recipe: Recipe) -> Iterator[list[list[int]]]:
     A row begins with a document, as a prompt does, and goes on with the next ones until it is full;
     what is over is left out.
     """
-    stream = _encoded_documents(tokenizer, recipe)
+    stream = _encoded_documents(tokenizer, recipe.seed)
     chance = random.Random(f"drills {recipe.seed}")
     for step in range(recipe.steps):
         phase = recipe.phase(step)
@@ -219,9 +197,8 @@ def training_rows(tokenizer: Any, recipe: Recipe) -> Iterator[list[list[int]]]:
         yield rows
 
 
-def _encoded_documents(tokenizer: Any, recipe: Recipe) -> Iterator[list[int]]:
-    for index in itertools.count():
-        yield encode(tokenizer, document(recipe.seed, index, recipe.kinds))
+def _encoded_documents(tokenizer: Any, seed: int) -> Iterator[list[int]]:
+    return (encode(tokenizer, document(seed, index)) for index in itertools.count())
 
 
 def _filled_row(stream: Iterator[list[int]], length: int) -> list[int]:
@@ -374,11 +351,12 @@ def curve(losses: list[float], points: int = 40) -> list[dict[str, float]]:
 def record(
     model: Any, tokenizer: Any, recipe: Recipe, losses: list[float], seconds: float
 ) -> dict[str, Any]:
-    """What `training.json` says of a course; `model` is the saved checkpoint, loaded again."""
+    """What `training.json` says; `model` is the saved checkpoint, loaded again."""
     last = losses[-50:]
     held_out = held_out_loss(model, tokenizer, recipe.held_out_seed, recipe.held_out_documents)
     return {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "command": f"python -m scripts.train_demo_model --out DIR --steps {recipe.steps}",
         "recipe": asdict(recipe),
         "parameters": sum(each.numel() for each in model.parameters()),
         "trained_tokens": sum(
@@ -408,30 +386,19 @@ def main() -> None:
     """Trains, saves, loads again, measures and records."""
     parser = argparse.ArgumentParser(description="Train the packaged demo model.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument(
-        "--start", type=Path, help="checkpoint of the first course: trains the second one"
-    )
-    parser.add_argument("--steps", type=int, help="fewer or more steps than the course has")
+    parser.add_argument("--steps", type=int, default=3000, help="steps of 2,048 tokens each")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; 1 repeats exactly")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    recipe = SECOND_COURSE if options.start else FIRST_COURSE
-    recipe = replace(recipe, steps=options.steps or recipe.steps)
+    recipe = Recipe(steps=options.steps)
     started = time.monotonic()
-    if options.start:
-        tokenizer = AutoTokenizer.from_pretrained(options.start)
-        model = AutoModelForCausalLM.from_pretrained(options.start, dtype="auto")
-    else:
-        tokenizer = train_tokenizer(recipe)
-        model = new_model(recipe)
+    tokenizer = train_tokenizer(recipe)
+    model = new_model(recipe)
     losses = train(model, tokenizer, recipe)
     seconds = time.monotonic() - started
     save(model, tokenizer, options.out)
     saved = AutoModelForCausalLM.from_pretrained(options.out, dtype="auto")
     report = record(saved, tokenizer, recipe, losses, seconds)
-    if options.start:
-        first = json.loads((options.start / "training.json").read_text(encoding="utf-8"))
-        report["first_course"] = {name: first[name] for name in KEPT_OF_FIRST_COURSE}
     text = json.dumps(report, indent=2) + "\n"
     (options.out / "training.json").write_text(text, encoding="utf-8")
     print(json.dumps(report["loss"]))

@@ -14,7 +14,6 @@ from scripts.demo_notes import (
     CONDITIONS,
     KINDS,
     LAST_YEAR,
-    LOOKUP_KINDS,
     MONTHS,
     PENICILLIN,
     Draw,
@@ -24,7 +23,6 @@ from scripts.demo_notes import (
     write_letter,
     write_note,
     write_paragraph,
-    write_review_list,
     write_summary,
     written_date,
 )
@@ -167,28 +165,6 @@ def test_day_list_names_everyone_twice(seed):
 
     assert 3 <= len(announced) <= 6
     assert sorted(announced) == sorted(seen)
-
-
-@given(seeds)
-def test_review_list_counts_months(seed):
-    """Each next visit lies as many months after the visit as its line says."""
-    text = write_review_list(Draw(seed, 1), document(seed, 0).visit)
-    lines = text.splitlines()[1:]
-    numbers = {"one month": 1, "two months": 2, "three months": 3}
-
-    assert 3 <= len(lines) <= 5
-    for line in lines:
-        seen, back = dates_in(line)
-        [told] = re.findall(r"Review in (.+?)\.", line)
-        assert 12 * (back.year - seen.year) + back.month - seen.month == numbers[told]
-
-
-def test_kinds_can_be_chosen():
-    """A course may draw its own mix of kinds."""
-    drawn = {document(3, index, LOOKUP_KINDS).kind for index in range(200)}
-
-    assert drawn == set(LOOKUP_KINDS)
-    assert "review list" not in KINDS
 
 
 def test_every_kind_and_condition_occurs():
