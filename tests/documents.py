@@ -158,18 +158,24 @@ class Workplace:
         if words[:2] == ["fedsea", "serve"]:
             self._serve(words)
             return []
-        done = subprocess.run(
+        process = subprocess.Popen(
             ["bash", "-c", f". .venv/bin/activate; {command}"],
             cwd=self.folder,
             env=self._environment(),
-            input=f"{CHAT_PROMPT}\n",
-            capture_output=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=COMMAND_SECONDS,
-            check=False,
+            start_new_session=True,
         )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}\n{self._logs()}"
-        return [Ran(command, done.stdout, done.stderr)]
+        try:
+            output, notes = process.communicate(f"{CHAT_PROMPT}\n", COMMAND_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, notes = process.communicate()
+            notes += f"\nkilled after {COMMAND_SECONDS} s"
+        assert process.returncode == 0, f"{command}\n{output}\n{notes}\n{self._logs()}"
+        return [Ran(command, output, notes)]
 
     def _serve(self, words: list[str]) -> None:
         words, port = self._with_address(words)
