@@ -56,7 +56,6 @@ MEANINGS = {
     "model.device": _choice("where the blocks run", DEVICES) + ", or `cuda:1` and so on",
     "model.threads": "CPU threads; 0 leaves torch's own number",
     "model.compile": "compile the decoding step before the server is ready; takes a C++ compiler",
-    "model.compile": "compile the decoding step at the start",
     "security.ca": "certificate of the authority that signs clients",
     "security.certificate": "the server's certificate",
     "security.key": "key of the server's certificate",

@@ -82,7 +82,7 @@ class LLM:
         device: str = "cpu",
         codec: str = "auto",
         quantization: str = "none",
-        compile: bool = False,
+        compile: bool = False,  # noqa: A002 - the word that users know from torch
         kv_rows: int = DEFAULT_KV_ROWS,
         release_memory: int = DEFAULT_MEMORY,
         patience: Patience | None = None,

@@ -82,7 +82,8 @@ class Reading:
 
     def queries(self, rows: Tensor) -> Tensor:
         """(T, H, D) to (B, n, H, D)."""
-        return rows[self.packed].unflatten(0, (self.sequences, self.count))
+        queries: Tensor = rows[self.packed].unflatten(0, (self.sequences, self.count))
+        return queries
 
     def keys(self, store: Tensor) -> Tensor:
         """(rows, G, D) to (B, L, G, D), a view unless rows are gathered."""

@@ -111,13 +111,14 @@ class Int8Linear(nn.Module):
 
     def product_of_codes(self, codes: Tensor) -> Tensor:
         """(n, in) codes around 128 to (n, out), scaled by the weights' scales only."""
+        product: Tensor
         if torch.compiler.is_compiling():
-            product: Tensor = torch.ops.fedsea.int8_product(codes, self.number, self.out_features)
-            return product
-        product = torch.ops.onednn.qlinear_pointwise(
-            codes, 1.0, 128, self.packed, self.scales, self.zeros,
-            None, 1.0, 0, torch.float32, "none", [], "",
-        )  # fmt: skip
+            product = torch.ops.fedsea.int8_product(codes, self.number, self.out_features)
+        else:
+            product = torch.ops.onednn.qlinear_pointwise(
+                codes, 1.0, 128, self.packed, self.scales, self.zeros,
+                None, 1.0, 0, torch.float32, "none", [], "",
+            )  # fmt: skip
         return product
 
 
