@@ -547,6 +547,9 @@ class RemoteTrunk:
                     self._notify(f"{link.address} is shutting down; it finishes what it can")
         except FedseaError as error:
             self._break(link, error)
+        except Exception as error:
+            self._break(link, _defect(error))
+            raise
 
     async def _watch(self, link: _Link) -> None:
         """Break a link whose server owes an answer for too long."""
@@ -622,6 +625,9 @@ class RemoteTrunk:
         except FedseaError as final:
             self._fail(final)
             return
+        except Exception as defect:
+            self._fail(_defect(defect))
+            raise
         rows = sum(len(chain.log) for chain in self._chains.values())
         self._notify(
             f"resumed at {self.address} after {time.monotonic() - began:.1f} s; "
@@ -645,6 +651,11 @@ class RemoteTrunk:
                 task.cancel()
         with suppress(FedseaError):
             await link.stream.cancel()
+
+
+def _defect(error: Exception) -> FedseaError:
+    """What callers get who must not wait for ever because of a mistake of ours."""
+    return FedseaError(f"the client failed with {type(error).__name__}; please report it")
 
 
 def _common_limits(ours: Limits, served: Description) -> Limits:

@@ -49,6 +49,7 @@ from fedsea.transport.tokens import token_metadata
 DESCRIBE = "/fedsea.v1.Trunk/Describe"
 SESSION = "/fedsea.v1.Trunk/Session"
 
+CLOSED_MESSAGE = "the channel was closed: connect again"
 CANCELLED_MESSAGE = "the stream was cancelled: open a new one"
 
 _Call: TypeAlias = "aio.StreamStreamCall[bytes, bytes]"
@@ -121,6 +122,7 @@ class GrpcChannel(Channel):
         self._arguments = _channel_arguments(self._options, self._tls)
         self._metadata = aio.Metadata(*token_metadata(credentials.token))
         self._channel: aio.Channel | None = None
+        self._attempt: asyncio.Task[aio.Channel] | None = None
 
     async def describe(self) -> bytes:
         channel = await self._connected()
@@ -131,23 +133,53 @@ class GrpcChannel(Channel):
             )
         except aio.AioRpcError as error:
             raise _error_of_rpc(error) from None
+        except aio.UsageError:
+            raise ConnectionLost(CLOSED_MESSAGE) from None
 
     async def open_stream(self) -> ClientStream:
         channel = await self._connected()
         method: _Stream = channel.stream_stream(SESSION)
-        call = method(metadata=self._metadata)
+        try:
+            call = method(metadata=self._metadata)
+        except aio.UsageError:
+            raise ConnectionLost(CLOSED_MESSAGE) from None
         with suppress(aio.AioRpcError):  # the server objects already, which `receive` reports
             await call.wait_for_connection()
         return _GrpcClientStream(call, self._options.max_message_bytes)
 
     async def close(self) -> None:
+        if self._attempt is not None:
+            self._attempt.cancel()
+            await asyncio.wait((self._attempt,))
+        await self._disconnect()
+
+    async def _disconnect(self) -> None:
         channel, self._channel = self._channel, None
         if channel is not None:
             await channel.close()
             await settle()
 
     async def _connected(self) -> aio.Channel:
-        """The channel, ready for calls; raises what `open_stream` promises."""
+        """The channel, ready for calls; raises what `open_stream` promises.
+
+        Calls that need a connection at the same time share one attempt: a failed one closes the
+        channel, which nobody else may be using then.
+        """
+        channel = self._channel
+        if channel is not None and channel.get_state() is grpc.ChannelConnectivity.READY:
+            return channel
+        if self._attempt is None or self._attempt.done():
+            self._attempt = asyncio.create_task(self._connect())
+            self._attempt.add_done_callback(_mark_seen)
+        try:
+            return await asyncio.shield(self._attempt)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise ConnectionLost(CLOSED_MESSAGE) from None
+
+    async def _connect(self) -> aio.Channel:
         channel = self._channel or await self._create()
         self._channel = channel
         try:
@@ -156,7 +188,7 @@ class GrpcChannel(Channel):
         except TimeoutError:
             ready = False
         if not ready:
-            await self.close()
+            await self._disconnect()
             raise await self._why_not_connected()
         return channel
 
@@ -236,6 +268,12 @@ class _GrpcClientStream(ClientStream):
             return ConnectionLost("the server has finished the session: open a new stream")
         details, metadata = await self._call.details(), await self._call.trailing_metadata()
         return _error_of_status(code, details, metadata)
+
+
+def _mark_seen(attempt: asyncio.Task[aio.Channel]) -> None:
+    """Whoever waited may have gone: an error that nobody takes is no defect."""
+    if not attempt.cancelled():
+        attempt.exception()
 
 
 async def _becomes_ready(channel: aio.Channel) -> bool:
