@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import tempfile
 import urllib.request
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -59,7 +60,7 @@ class Bench:
 
     Args:
         scale: how much is measured.
-        folder: for checkpoints, certificates and logs.
+        folder: for checkpoints, which are kept; certificates and logs are not.
         say: shows what is happening.
     """
 
@@ -67,13 +68,15 @@ class Bench:
         self.scale = scale
         self.folder = checkpoints.prepare_folder(folder)
         self.say = say
-        self.certificates = folder / "certificates"
+        self._stack = ExitStack()
+        own = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="fedsea-bench-"))
+        self.logs = Path(own)
+        self.certificates = self.logs / "certificates"
         init_ca(self.certificates, force=True)
         issue_server(self.certificates, [HOST], force=True)
         self.tls = issue_client(self.certificates, TENANT, force=True)
         self.other_tls = issue_client(self.certificates, OTHER_TENANT, force=True)
         self._made: dict[tuple[Any, ...], Any] = {}
-        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         return self
@@ -89,7 +92,9 @@ class Bench:
     def model(self, shape: Shape) -> Path:
         """The checkpoint of a shape."""
         return self._once(
-            ("model", shape), "making", lambda: checkpoints.random_llama(self.folder, shape)
+            ("model", shape),
+            f"making {shape.name}",
+            lambda: checkpoints.random_llama(self.folder, shape),
         )
 
     def whole(self, model: Path) -> Whole:
@@ -152,7 +157,7 @@ class Bench:
         for setting in mode.settings:
             arguments += ["--set", setting]
         child = self._stack.enter_context(
-            Child(arguments, self.folder / f"server-{model.name}-{mode.name}.log")
+            Child(arguments, self.logs / f"server-{model.name}-{mode.name}.log")
         )
         # The address is the last word of what a server says when it is ready.
         return Served(child.line().split()[-1], metrics)

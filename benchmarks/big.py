@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def sparse_llama(folder: Path, shape: Shape = SEVEN_B) -> Path:
     """A bf16 checkpoint whose weights read as zeros and take no disk."""
     path = folder / shape.name
     if not path.exists():
-        unfinished = folder / f"{shape.name}.unfinished"
+        unfinished = folder / f"{shape.name}.unfinished-{os.getpid()}"
         shutil.rmtree(unfinished, ignore_errors=True)
         config = llama_config(shape, dtype=torch.bfloat16, architectures=["LlamaForCausalLM"])
         config.save_pretrained(unfinished)

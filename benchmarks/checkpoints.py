@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def random_llama(folder: Path, shape: Shape) -> Path:
     """A checkpoint of random fp32 weights with a tokenizer, made when it is not there yet."""
     path = folder / shape.name
     if not path.exists():
-        unfinished = folder / f"{shape.name}.unfinished"
+        unfinished = folder / f"{shape.name}.unfinished-{os.getpid()}"
         shutil.rmtree(unfinished, ignore_errors=True)
         torch.manual_seed(0)
         LlamaForCausalLM(llama_config(shape)).save_pretrained(unfinished)

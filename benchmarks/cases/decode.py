@@ -95,7 +95,7 @@ def _spin_row(bench: Bench, model: Path) -> Row:
     """Whether `transformers`, alone on the machine, would rather have libgomp's own spinning."""
     bench.say(f"transformers with other spinning, {model.name}")
     arguments = ["benchmarks.whole_process", str(model), str(bench.scale.prompt)]
-    log = bench.folder / "whole.log"
+    log = bench.logs / "whole.log"
     with Child(arguments, log) as short, Child(arguments, log, spin=_LIBGOMP_SPIN) as own:
         children = (own, short)
         for child in children:

@@ -21,7 +21,7 @@ def rows(bench: Bench) -> list[Row]:
     runs = []
     for _ in range(_REPEATS):
         arguments = ["benchmarks.client_memory", str(model)]
-        with Child(arguments, bench.folder / "client-memory.log") as child:
+        with Child(arguments, bench.logs / "client-memory.log") as child:
             runs.append(json.loads(child.line()))
     return [
         Row(

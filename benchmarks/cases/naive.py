@@ -31,7 +31,7 @@ def _rows(bench: Bench, shape: Shape) -> list[Row]:
     bench.say(f"the naive protocol, {model.name}")
     arguments = ["benchmarks.naive", str(model), str(bench.certificates)]
     with (
-        Child(arguments, bench.folder / "server-naive.log") as server,
+        Child(arguments, bench.logs / "server-naive.log") as server,
         closing(NaiveClient(model, server.line(), bench.tls)) as naive,
     ):
         naive.tokens(context, 1)

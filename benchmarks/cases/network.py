@@ -49,7 +49,7 @@ def _rows(bench: Bench, shape: Shape, network: _Network, codec: str) -> list[Row
     target = bench.served(model).address
     arguments = ["benchmarks.shaping", target, str(network.delay_ms), str(network.megabits)]
     mode = Mode(name=codec, options=(("codec", codec),))
-    with Child(arguments, bench.folder / "proxy.log") as proxy:
+    with Child(arguments, bench.logs / "proxy.log") as proxy:
         split = bench.connect(model, proxy.line(), mode)
         split.generate([prompt], 2)
         runs = [split.generate([prompt], _NEW_TOKENS) for _ in range(_REPEATS)]
