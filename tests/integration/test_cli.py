@@ -198,13 +198,16 @@ def endless_text(tokenizer, ids: list[int], model: Path, count: int) -> str:
 
 def test_ctrl_c_ends_an_answer_quietly(provider, model):
     """SIGINT in mid-answer is exit code 130 without a traceback."""
-    process = started(
-        "generate", model, PROMPT, *provider.options, "--max-new-tokens", 900, "--ignore-eos"
-    )
-    assert process.stdout is not None
-    process.stdout.read(5)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    for _ in range(5):  # on a busy machine the answer can be complete before the signal comes
+        process = started(
+            "generate", model, PROMPT, *provider.options, "--max-new-tokens", 900, "--ignore-eos"
+        )
+        assert process.stdout is not None
+        process.stdout.read(5)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+        if process.returncode:
+            break
 
     assert (process.returncode, errors) == (130, "")
 

@@ -121,7 +121,13 @@ class GrpcServer:
         server = aio.server(options=_channel_arguments(self._options))
         server.add_generic_rpc_handlers((self._methods(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        bound = Address(self._address.host, self._bind(server))
+        try:
+            bound = Address(self._address.host, self._bind(server))
+        except BindError as error:
+            # gRPC tidies up on the event loop when this object goes. A traceback that keeps it
+            # beyond the end of the loop would end in noise about a closed loop.
+            del server
+            raise error.with_traceback(None) from None
         await server.start()
         self._server = server
         try:
