@@ -93,7 +93,7 @@ class Bench:
         """The checkpoint of a shape."""
         return self._once(
             ("model", shape),
-            f"checkpoint {shape.name}",
+            f"making {shape.name}",
             lambda: checkpoints.random_llama(self.folder, shape),
         )
 
