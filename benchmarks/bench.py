@@ -93,7 +93,7 @@ class Bench:
         """The checkpoint of a shape."""
         return self._once(
             ("model", shape),
-            f"making {shape.name}",
+            f"checkpoint {shape.name}",
             lambda: checkpoints.random_llama(self.folder, shape),
         )
 

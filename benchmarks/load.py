@@ -147,8 +147,6 @@ class Load:
         await self._channel.close()
 
 
-async def decode_together(lanes: Sequence[Lane], steps: int) -> float:
-    """All lanes decode at the same time, each at its own pace; returns the wall seconds."""
-    began = time.monotonic()
+async def decode_together(lanes: Sequence[Lane], steps: int) -> None:
+    """All lanes decode at the same time, each at its own pace."""
     await asyncio.gather(*(lane.steps(steps) for lane in lanes))
-    return time.monotonic() - began

@@ -19,6 +19,8 @@ from fedsea.wire.codecs import Codec
 CASE = "trunk"
 _SESSIONS = 16
 _CONTEXT = 128
+# Steps of a lane before and after those that are counted.
+_MARGIN_STEPS = 8
 _LONG_PROMPT = 2048
 _DECODING = 4
 _TARGETS = {FP32: at_least(4), BF16: at_least(8)}
@@ -74,7 +76,7 @@ def _stalls_of(bench: Bench, shape: Shape) -> list[Row]:
 async def _pairs(bench: Bench, served: Served, mode: Mode) -> list[tuple[_Rates, _Rates]]:
     load = Load(served.address, bench.tls, _CODECS[mode])
     steps = bench.scale.steps
-    capacity = _CONTEXT + (steps + 2) * bench.scale.pairs * 2
+    capacity = _CONTEXT + (steps + 2 * _MARGIN_STEPS) * bench.scale.pairs
     try:
         alone = await load.add(capacity, _CONTEXT)
         together = [await load.add(capacity, _CONTEXT) for _ in range(_SESSIONS)]
@@ -88,20 +90,44 @@ async def _pairs(bench: Bench, served: Served, mode: Mode) -> list[tuple[_Rates,
         await load.close()
 
 
+class _Window:
+    """From when the last lane is in full swing to when the first one is about to end."""
+
+    def __init__(self, lanes: Sequence[Lane], steps: int) -> None:
+        self._lanes, self._steps = lanes, steps
+        self._entering = len(lanes)
+        self.opened, self.closed = asyncio.Event(), asyncio.Event()
+
+    async def run(self) -> None:
+        """Decode in all lanes."""
+        await asyncio.gather(*(self._decode(lane) for lane in self._lanes))
+
+    async def _decode(self, lane: Lane) -> None:
+        await lane.steps(_MARGIN_STEPS)
+        self._entering -= 1
+        if not self._entering:
+            self.opened.set()
+        await lane.steps(self._steps)
+        self.closed.set()
+        await lane.steps(_MARGIN_STEPS)
+
+
 async def _rates(served: Served, lanes: Sequence[Lane], steps: int) -> _Rates:
-    await decode_together(lanes, 2)
-    before = served.counters()
-    wall = await decode_together(lanes, steps)
-    # An answer is counted a moment after it is sent.
-    await asyncio.sleep(0.05)
-    after = served.counters()
+    """Over `steps` steps of every lane, without those in which the lanes start and end."""
+    window = _Window(lanes, steps)
+    decoding = asyncio.create_task(window.run())
+    await window.opened.wait()
+    before, began = await asyncio.to_thread(served.counters), time.monotonic()
+    await window.closed.wait()
+    after, ended = await asyncio.to_thread(served.counters), time.monotonic()
+    await decoding
 
     def grown(name: str) -> float:
         return after[name] - before[name]
 
     count = grown('fedsea_step_rows_total{kind="decode"}')
     computed = grown("fedsea_step_seconds_sum")
-    return _Rates(count / computed, steps * len(lanes) / wall, count / grown("fedsea_steps_total"))
+    return _Rates(count / computed, count / (ended - began), count / grown("fedsea_steps_total"))
 
 
 def _trunk_rows(

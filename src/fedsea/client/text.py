@@ -65,7 +65,7 @@ class IncrementalDecoder:
         piece = text[self._given : certain]
         self._given = certain
         if len(self._window) >= _WINDOW_TOKENS:
-            self._shorten(held=len(text) - certain)
+            self._shorten(text, held=len(text) - certain)
         return piece
 
     def flush(self) -> str:
@@ -75,14 +75,15 @@ class IncrementalDecoder:
         self._given = 0
         return piece
 
-    def _shorten(self, held: int) -> None:
+    def _shorten(self, text: str, held: int) -> None:
         """Forget all but the context; `held` is the number of characters at the end not given."""
         context = self._window[-_CONTEXT_TOKENS:]
-        characters = len(self._decode(context))
-        # A context without text would make the next token look like the first of a text.
-        if characters > held:
+        kept = self._decode(context)
+        # A context without text would make the next token look like the first of a text. One that
+        # begins inside a run of byte tokens may read differently from the whole run.
+        if len(kept) > held and text.endswith(kept):
             self._window = context
-            self._given = characters - held
+            self._given = len(kept) - held
 
     def _decode(self, ids: Sequence[int]) -> str:
         return decode(self._tokenizer, ids, skip_special_tokens=self._skip_special_tokens)
