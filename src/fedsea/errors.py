@@ -22,6 +22,11 @@
     |   +-- CertificateError        missing, expired, foreign or unusable certificate
     |   +-- Unauthenticated         no valid identity was shown
     |   +-- PermissionDenied        the identity may not do this
+    |   +-- AttestationError        the server did not prove what it runs
+    +-- PrivacyError                rows may not leave as things are; nothing was sent
+    |   +-- UnsafeRows              activations that no mechanism can protect: NaN or infinity
+    |   +-- BudgetExceeded          the ledger has too little left for the release
+    |   +-- LedgerError             the ledger is missing, corrupt or cannot be written
     +-- Refused                     the server said no for now; carries retry_after
         +-- Capacity                the KV pool or session table is full
         +-- QuotaExceeded           this tenant is over its quota
@@ -174,6 +179,37 @@ class PermissionDenied(SecurityError):
     """The identity is known and may not do this."""
 
     code = "permission_denied"
+
+
+class AttestationError(SecurityError):
+    """The server did not prove, by a token that the client's verifier accepts, what it runs."""
+
+    code = "attestation"
+
+
+class PrivacyError(FedseaError):
+    """Rows may not leave this machine as things are; nothing was sent."""
+
+    code = "privacy"
+    exit_code = 8
+
+
+class UnsafeRows(PrivacyError):
+    """Activations that no mechanism can protect: NaN or infinity."""
+
+    code = "unsafe_rows"
+
+
+class BudgetExceeded(PrivacyError):
+    """The ledger has too little left for the release."""
+
+    code = "budget_exceeded"
+
+
+class LedgerError(PrivacyError):
+    """The ledger is missing, corrupt or cannot be written."""
+
+    code = "ledger"
 
 
 class Refused(FedseaError):

@@ -1,0 +1,1 @@
+"""Utility and leakage of a split model, measured on the traffic that it really sends."""

@@ -1,0 +1,1 @@
+"""Mechanisms between bottom and wire, what they guarantee, and the ledger that keeps count."""

@@ -1,0 +1,1 @@
+"""The attacker, who sees exactly what the server sees."""
