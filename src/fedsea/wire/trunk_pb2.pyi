@@ -233,3 +233,15 @@ class Description(_message.Message):
     max_sequences: int
     max_pending: int
     def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., family: _Optional[str] = ..., fingerprint: _Optional[str] = ..., hidden_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., first_block: _Optional[int] = ..., end_block: _Optional[int] = ..., codecs: _Optional[_Iterable[_Union[Codec, str]]] = ..., max_context: _Optional[int] = ..., max_rows_per_message: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., server_version: _Optional[str] = ..., page_rows: _Optional[int] = ..., max_segments: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_pending: _Optional[int] = ...) -> None: ...
+
+class AttestRequest(_message.Message):
+    __slots__ = ("nonce",)
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    nonce: bytes
+    def __init__(self, nonce: _Optional[bytes] = ...) -> None: ...
+
+class Attestation(_message.Message):
+    __slots__ = ("token",)
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    token: str
+    def __init__(self, token: _Optional[str] = ...) -> None: ...

@@ -65,4 +65,4 @@ def test_names_of_the_service():
     """Generated stubs of any language call what the transport serves."""
     service = trunk_pb2.DESCRIPTOR.services_by_name["Trunk"]
     assert service.full_name == "fedsea.v1.Trunk"
-    assert [method.name for method in service.methods] == ["Describe", "Session"]
+    assert [method.name for method in service.methods] == ["Describe", "Session", "Attest"]
