@@ -1,0 +1,189 @@
+"""The data owner under attack: the real client and the real server, and an observer between them.
+
+Both run in this process, over the in-memory transport. What the observer sees are the bytes that a
+server gets and gives; token ids and logits stay with the client, and serve only to score attacks
+and to measure utility.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from fedsea.client.llm import LLM
+from fedsea.errors import RequestError
+from fedsea.model.partition import Partition
+from fedsea.server import loading
+from fedsea.server.config import ServerConfig
+from fedsea.server.service import TrunkService
+from fedsea.transport.base import Channel, ClientStream
+from fedsea.transport.memory import MemoryChannel
+from fedsea.transport.recording import Message, Recorder, RecordingChannel
+
+MAX_KV_ROWS = 16384
+_RECORDED_MESSAGES = 1 << 20
+_SERVER = "server in this process"
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What one text was, and what crossed the wire for it.
+
+    Attributes:
+        ids: (n,) token ids; the secret.
+        logits: (n, vocabulary) after every position, at the client.
+        messages: everything that crossed the wire, in order.
+    """
+
+    ids: Tensor = field(repr=False)
+    logits: Tensor = field(repr=False)
+    messages: tuple[Message, ...] = field(repr=False)
+
+
+class Victim:
+    """A client with a server of its own; use it as a context manager.
+
+    Args:
+        model: folder of a checkpoint.
+        partition: what stays with the client.
+        trunk: a loaded trunk of the same checkpoint; loaded here when it is not given.
+        options: further arguments of `LLM.connect`, such as `privacy`.
+
+    Raises:
+        ModelError, ConfigError: the model cannot be loaded or cut so.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        partition: Partition,
+        trunk: loading.Trunk | None = None,
+        **options: Any,
+    ) -> None:
+        config = server_config(model)
+        loaded = trunk if trunk is not None else loading.load(config)
+        self._recorder = Recorder(_RECORDED_MESSAGES)
+        channel = _ServerHere(lambda: TrunkService(config, loaded))
+        self.llm = LLM.connect(
+            model,
+            {_SERVER: lambda: RecordingChannel(channel, self._recorder)},
+            partition=partition,
+            dtype="fp32",
+            kv_rows=min(MAX_KV_ROWS, 4 * loaded.max_context),
+            **options,
+        )
+
+    def read(self, ids: Sequence[int]) -> Observed:
+        """Send a text through the split model, as a prompt, in a session of its own.
+
+        Raises:
+            PromptTooLong: it does not fit the model's context.
+            PrivacyError: the mechanism refused its rows.
+        """
+        tokens = torch.tensor(self.llm.checked(ids))
+        self._recorder.messages.clear()
+        logits = self.llm.background.run(self._logits(tokens))
+        return Observed(tokens, logits, tuple(self._recorder.messages))
+
+    def answer(self, prompt: Sequence[int], count: int) -> tuple[int, ...]:
+        """The greedy answer to a prompt, at most `count` tokens long."""
+        return self.llm.generate(prompt, max_new_tokens=count).token_ids
+
+    def close(self) -> None:
+        """Disconnect and stop the server."""
+        self.llm.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def _logits(self, ids: Tensor) -> Tensor:
+        session = await self.llm.split.open([len(ids)])
+        try:
+            sequence = session.begin(len(ids))
+            result = await session.feed(sequence, ids, keep=len(ids))
+            return result.logits
+        finally:
+            await session.close()
+
+
+def load_trunk(model: str | Path) -> loading.Trunk:
+    """A trunk that several victims of one model share; it serves every partition."""
+    return loading.load(server_config(model))
+
+
+def server_config(model: str | Path) -> ServerConfig:
+    """Settings of a server in this process that serves all blocks of a model in fp32."""
+    return ServerConfig.from_table(
+        {
+            "server": {"model": str(model)},
+            "kv": {"rows": MAX_KV_ROWS},
+            "security": {"plaintext": True},
+        }
+    )
+
+
+class _ServerHere(Channel):
+    """A channel to a server that starts, on the client's loop, when it is first used."""
+
+    def __init__(self, make: Callable[[], TrunkService]) -> None:
+        self._make = make
+        self._starting = asyncio.Lock()
+        self._running = AsyncExitStack()
+        self._channel: MemoryChannel | None = None
+
+    async def describe(self) -> bytes:
+        return await (await self._started()).describe()
+
+    async def open_stream(self) -> ClientStream:
+        return await (await self._started()).open_stream()
+
+    async def close(self) -> None:
+        await self._running.aclose()
+        self._channel = None
+
+    async def _started(self) -> MemoryChannel:
+        async with self._starting:
+            if self._channel is None:
+                service = await self._running.enter_async_context(self._make())
+                self._channel = MemoryChannel(service)
+                self._running.push_async_callback(self._channel.close)
+            return self._channel
+
+
+def texts_of(text: str, llm: LLM, count: int, tokens: int) -> list[tuple[int, ...]]:
+    """The first `count` texts of `tokens` tokens each, cut from the paragraphs of a file.
+
+    Paragraphs are parted by empty lines; short ones are joined with those that follow.
+
+    Raises:
+        RequestError: the file has too little text.
+    """
+    found: list[tuple[int, ...]] = []
+    begun = ""
+    for paragraph in text.split("\n\n"):
+        begun = f"{begun}\n\n{paragraph}".strip()
+        ids = llm.encode(begun) if begun else ()
+        if len(ids) >= tokens:
+            found.append(ids[:tokens])
+            begun = ""
+        if len(found) == count:
+            return found
+    if not found:
+        raise RequestError(f"the text has no {tokens} tokens: give a longer one, or fewer --tokens")
+    return found
