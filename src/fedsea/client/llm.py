@@ -118,7 +118,7 @@ class LLM:
         row_codec = _codec(codec, placement.dtype)
         trunk = chosen.trunk_span(checkpoint.num_blocks)
         endpoints = _endpoints(servers, tls)
-        tokenizer = _tokenizer(checkpoint)
+        tokenizer = load_tokenizer(checkpoint)
         check_memory(
             client_weights(checkpoint, chosen, placement.kept_dtype),
             "bottom and top",
@@ -420,7 +420,12 @@ async def _close_all(endpoints: Sequence[Endpoint]) -> None:
         await endpoint.close()
 
 
-def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint.
+
+    Raises:
+        CheckpointError: there is none that can be read.
+    """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             checkpoint.folder, trust_remote_code=False
