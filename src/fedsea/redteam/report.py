@@ -139,8 +139,8 @@ class Row:
         Raises:
             ConfigError: it is not such a row.
         """
-        given = dict(value)
         try:
+            given = dict(value)
             low, high = given.pop("interval")
             for name in ("utility", "clean_utility"):
                 given[name] = Utility(**given[name])

@@ -1,0 +1,73 @@
+"""The victim: the client's own path over a wire that is observed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fedsea.errors import PartitionError, RequestError
+from fedsea.evaluation.victim import Victim, load_trunk, texts_of
+from fedsea.model.partition import Partition
+from fedsea.transport.recording import Direction
+from fedsea.wire.framing import decode_event
+from fedsea.wire.limits import DEFAULT_LIMITS
+from fedsea.wire.messages import Append, Role
+
+IDS = tuple(range(5, 45))
+
+
+@pytest.fixture(scope="module")
+def trunk(tiny_model):
+    """One trunk for all victims."""
+    return load_trunk(tiny_model)
+
+
+def test_logits_are_those_of_the_whole_model(tiny_model, trunk):
+    """A plain victim computes what transformers computes, at every position."""
+    whole = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    with torch.no_grad():
+        expected = whole(torch.tensor([IDS])).logits[0]
+    with Victim(tiny_model, Partition(1, 1), trunk) as victim:
+        assert torch.allclose(victim.read(IDS).logits, expected, atol=1e-4)
+
+
+def test_the_observer_sees_every_row_of_one_text(tiny_model, trunk):
+    """The messages of a text are its own, and carry one row for every token."""
+    with Victim(tiny_model, Partition(0, 1), trunk) as victim:
+        victim.read(IDS[:7])
+        messages = victim.read(IDS).messages
+    sent = [
+        decode_event(message.data, Role.CLIENT, DEFAULT_LIMITS)
+        for message in messages
+        if message.direction is Direction.UP
+    ]
+    appended = [event for event in sent if isinstance(event, Append)]
+    assert sum(segment.count for event in appended for segment in event.segments) == len(IDS)
+
+
+def test_answers_are_greedy_and_repeatable(tiny_model, trunk):
+    """The same prompt has the same answer, also from another victim of the same trunk."""
+    answers = []
+    for _ in range(2):
+        with Victim(tiny_model, Partition(1, 0), trunk) as victim:
+            answers.append(victim.answer(IDS[:9], 6))
+    assert answers[0] == answers[1]
+    assert len(answers[0]) <= 6
+
+
+def test_a_partition_that_does_not_fit_is_refused(tiny_model, trunk):
+    """A cut without a trunk ends in the library's own error."""
+    with pytest.raises(PartitionError):
+        Victim(tiny_model, Partition(9, 9), trunk)
+
+
+def test_texts_are_cut_from_paragraphs(tiny_model, trunk):
+    """Texts have the length that was asked for; short paragraphs are joined."""
+    text = "abc\n\ndefghijkl\n\n" + "m" * 30
+    with Victim(tiny_model, Partition(1, 1), trunk) as victim:
+        found = texts_of(text, victim.llm, 5, 10)
+        assert [len(ids) for ids in found] == [10, 10]
+        assert victim.llm.tokenizer.decode(found[1]) == "m" * 10
+        with pytest.raises(RequestError, match="no 400 tokens"):
+            texts_of(text, victim.llm, 5, 400)
