@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tests.fuzz.judge import LIMITS, judge
+from tests.fuzz.judge import LIMITS, OPENS, judge
 from tests.unit.wire.strategies import client_events, damaged, server_events
 
 from fedsea.wire.framing import encode_event
-from fedsea.wire.messages import Append, Begin, Close, Opened, Output, Segment
+from fedsea.wire.messages import Append, Begin, Close, Opened, Output, Segment, Want
 
 messages = (client_events | server_events).map(lambda event: encode_event(event, LIMITS))
 near_valid = st.sampled_from(
@@ -16,7 +16,10 @@ near_valid = st.sampled_from(
         encode_event(event, LIMITS)
         for event in (
             Begin(1, 4),
+            *OPENS,
             Append(1, (Segment(0, 2, 1),), bytes(6)),
+            Append(1, (Segment(0, 2, 1),), bytes(2)),
+            Append(1, (Segment(0, 2, 1, Want.NONE),), b"\x5a\x01"),
             Output(0, (Segment(0, 1, 1),), bytes(16)),
             Opened("s"),
             Close(),

@@ -6,20 +6,30 @@ after a failure.
 
     fp32, bf16, fp16    hidden_size numbers of 4, 2 or 2 bytes
     int8                hidden_size signed bytes, then one fp16 scale; value = byte * scale
+    counts              whole numbers 0 .. levels of n bits each, n as few as hold `levels`;
+                        value = scale * (2 * count / levels - 1)
+
+The counts of a privacy mechanism travel as they are: there is no tensor of floats in between. A
+`RowFormat` is all that both sides must know to read rows; `Open` names one for each direction.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
 import torch
 
-from fedsea.errors import LocalProtocolError, RemoteProtocolError
+from fedsea.errors import ConfigError, LocalProtocolError, RemoteProtocolError
 
 _INT8_MAX = 127
 _SCALE_BYTES = 2
 _SMALLEST_SCALE = 2.0**-24  # the least positive fp16: a row of zeros still has a scale
+
+MAX_LEVELS = 255
+_BYTE_BITS = 8
 
 
 class Codec(Enum):
@@ -29,13 +39,23 @@ class Codec(Enum):
     BF16 = "bf16"
     FP16 = "fp16"
     INT8 = "int8"
+    COUNTS = "counts"
 
     def row_bytes(self, hidden_size: int) -> int:
-        """Bytes of one row of `hidden_size` numbers."""
+        """Bytes of one row of `hidden_size` numbers; for counts, `RowFormat.row_bytes` says it.
+
+        Raises:
+            ConfigError: the codec is `COUNTS`.
+        """
         if self is Codec.INT8:
             return hidden_size + _SCALE_BYTES
+        if self is Codec.COUNTS:
+            raise _counts_need_levels()
         return hidden_size * _FLOAT_DTYPES[self].itemsize
 
+
+VALUE_CODECS = (Codec.FP32, Codec.BF16, Codec.FP16, Codec.INT8)
+"""The codecs that take floating rows; `COUNTS` takes what a mechanism has drawn."""
 
 _FLOAT_DTYPES = {
     Codec.FP32: torch.float32,
@@ -50,12 +70,149 @@ _OVERFLOW_ADVICE = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class RowFormat:
+    """How the rows of one direction of a session are written.
+
+    Attributes:
+        codec: how one number is written.
+        width: numbers in a row.
+        levels: the greatest count, 1 to 255; 0 unless the codec is `COUNTS`.
+        scale: of the value of a count; 0 unless the codec is `COUNTS`.
+
+    Raises:
+        ConfigError: values that do not belong together or are out of range.
+    """
+
+    codec: Codec
+    width: int
+    levels: int = 0
+    scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.width < 1:
+            raise ConfigError(f"a row of {self.width} numbers cannot be sent; give a width above 0")
+        if self.codec is not Codec.COUNTS:
+            if self.levels or self.scale:
+                raise ConfigError(
+                    f"levels and scale belong to the codec counts, not to {self.codec.value}; "
+                    "leave them out"
+                )
+            return
+        if not 1 <= self.levels <= MAX_LEVELS:
+            raise ConfigError(f"{self.levels} levels cannot be counted; use 1 to {MAX_LEVELS}")
+        # The values of counts are fp32 numbers up to the scale itself.
+        if not 0.0 < self.scale <= torch.finfo(torch.float32).max:
+            raise ConfigError("the scale of counts must be positive and finite; fix the mechanism")
+
+    @property
+    def bits(self) -> int:
+        """Bits of one count; 0 for other codecs."""
+        return self.levels.bit_length()
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        if self.codec is Codec.COUNTS:
+            return -(-self.width * self.bits // _BYTE_BITS)
+        return self.codec.row_bytes(self.width)
+
+    def encode(self, rows: torch.Tensor) -> bytes:
+        """Write floating rows, or counts [n, width] in uint8, as n * row_bytes bytes.
+
+        Raises:
+            LocalProtocolError: the rows have another shape or dtype, a count is above `levels`,
+                or a value is not finite or too large for the codec.
+        """
+        if rows.dim() == 2 and rows.shape[1] != self.width:
+            raise LocalProtocolError(
+                f"rows of {rows.shape[1]} numbers cannot be sent where {self.width} were agreed; "
+                "check the projection and the mechanism"
+            )
+        if self.codec is Codec.COUNTS:
+            return self._pack(rows)
+        return encode(rows, self.codec)
+
+    def decode(
+        self, data: bytes | memoryview, count: int, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Read `count` rows as numbers: [count, width] on the CPU, every value finite.
+
+        Raises:
+            RemoteProtocolError: as the function `decode`, and for a count above `levels`.
+        """
+        if self.codec is Codec.COUNTS:
+            rows = self.values(self.counts(data, count)).to(dtype)
+            if not _all_finite(rows):
+                raise RemoteProtocolError(
+                    f"counts of this scale are not finite in {dtype}; use a smaller scale"
+                )
+            return rows
+        return decode(data, self.codec, count, self.width, dtype)
+
+    def counts(self, data: bytes | memoryview, count: int) -> torch.Tensor:
+        """Read the counts of `count` rows as they were drawn: [count, width] uint8.
+
+        Raises:
+            RemoteProtocolError: the length is wrong, a count is above `levels`, or a bit that
+                belongs to no count is set.
+        """
+        _check_length(memoryview(data).nbytes, self.codec, count, self.row_bytes)
+        packed = np.frombuffer(data, dtype=np.uint8).reshape(count, self.row_bytes)
+        if count == 0:
+            return torch.empty((0, self.width), dtype=torch.uint8)
+        return torch.from_numpy(self._unpack(packed))
+
+    def values(self, counts: torch.Tensor) -> torch.Tensor:
+        """What counts stand for: scale * (2 * count / levels - 1), rounded once to fp32."""
+        table = self.scale * (2.0 * np.arange(self.levels + 1) / self.levels - 1.0)
+        return torch.from_numpy(table.astype(np.float32))[counts.int()]
+
+    def _pack(self, counts: torch.Tensor) -> bytes:
+        if counts.dim() != 2 or counts.dtype is not torch.uint8:
+            raise LocalProtocolError(
+                f"counts of shape {list(counts.shape)} and {counts.dtype} cannot be sent; "
+                "pass a uint8 tensor of shape [n, width]"
+            )
+        numbers = counts.cpu().contiguous().numpy()
+        if numbers.size and int(numbers.max()) > self.levels:
+            raise LocalProtocolError(
+                f"a count is above {self.levels}, the greatest that was agreed; fix the mechanism"
+            )
+        if self.bits == _BYTE_BITS:
+            return numbers.tobytes()
+        bits = np.unpackbits(numbers[..., None], axis=2, count=self.bits, bitorder="little")
+        rows = bits.reshape(len(numbers), self.width * self.bits)
+        return np.packbits(rows, axis=1, bitorder="little").tobytes()
+
+    def _unpack(self, packed: np.ndarray) -> np.ndarray:
+        used = self.width * self.bits
+        spare = packed.shape[1] * _BYTE_BITS - used
+        if spare and (packed[:, -1] >> (_BYTE_BITS - spare)).any():
+            raise RemoteProtocolError(
+                "a row of counts has bits behind its last count; check the width and the levels"
+            )
+        if self.bits == _BYTE_BITS:
+            numbers = packed.copy()
+        else:
+            bits = np.unpackbits(packed, axis=1, count=used, bitorder="little")
+            grouped = bits.reshape(len(packed), self.width, self.bits)
+            numbers = np.packbits(grouped, axis=2, bitorder="little")[..., 0]
+        if int(numbers.max()) > self.levels:
+            raise RemoteProtocolError(
+                f"a count is above {self.levels}, the greatest that was agreed; "
+                "check that both sides use the same mechanism"
+            )
+        return numbers
+
+
 def encode(rows: torch.Tensor, codec: Codec) -> bytes:
     """Write rows as bytes.
 
     Args:
         rows: [n, hidden_size], any floating dtype, on any device.
-        codec: how to write them.
+        codec: how to write them; not `COUNTS`, which `RowFormat.encode` writes.
 
     Returns:
         n * codec.row_bytes(hidden_size) bytes.
@@ -63,7 +220,10 @@ def encode(rows: torch.Tensor, codec: Codec) -> bytes:
     Raises:
         LocalProtocolError: the rows are not a floating matrix, hold NaN or infinity, or exceed
             what the codec can represent.
+        ConfigError: the codec is `COUNTS`.
     """
+    if codec is Codec.COUNTS:
+        raise _counts_need_levels()
     if rows.dim() != 2 or rows.shape[1] == 0 or not rows.is_floating_point():
         raise LocalProtocolError(
             f"rows of shape {list(rows.shape)} and {rows.dtype} cannot be sent; "
@@ -102,14 +262,9 @@ def decode(
     Raises:
         RemoteProtocolError: the length is wrong, or a value is not finite in `dtype`. The length
             is checked before anything is allocated.
+        ConfigError: the codec is `COUNTS`.
     """
-    size = memoryview(data).nbytes
-    expected = count * codec.row_bytes(hidden_size)
-    if count < 0 or size != expected:
-        raise RemoteProtocolError(
-            f"{size} bytes came for {count} rows in {codec.value}, which take {expected}; "
-            "check that both sides run the same model and codec"
-        )
+    _check_length(memoryview(data).nbytes, codec, count, codec.row_bytes(hidden_size))
     if count == 0:
         return torch.empty((0, hidden_size), dtype=dtype)
     # torch may write to a tensor's memory, which `bytes` forbids, so the one copy is made here.
@@ -125,6 +280,21 @@ def decode(
             "use the codec bf16 or fp32, or compute in a wider dtype"
         )
     return rows
+
+
+def _check_length(size: int, codec: Codec, count: int, row_bytes: int) -> None:
+    expected = count * row_bytes
+    if count < 0 or size != expected:
+        raise RemoteProtocolError(
+            f"{size} bytes came for {count} rows in {codec.value}, which take {expected}; "
+            "check that both sides run the same model and codec"
+        )
+
+
+def _counts_need_levels() -> ConfigError:
+    return ConfigError(
+        "the codec counts belongs to a mechanism that draws counts; use fp32, bf16, fp16 or int8"
+    )
 
 
 def _quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -26,6 +26,7 @@ _CAPS: Final = (
     "max_sequences",
     "max_pending",
 )
+MAX_PROJECTIONS: Final = 64
 _POSITIVE: Final = ("hidden_size", "max_context", "page_rows", *_CAPS)
 
 
@@ -71,6 +72,7 @@ def encode_description(description: Description) -> bytes:
             max_segments=description.max_segments,
             max_sequences=description.max_sequences,
             max_pending=description.max_pending,
+            projections=description.projections,
         ).SerializeToString()
     except (TypeError, ValueError):
         raise LocalProtocolError(
@@ -107,6 +109,7 @@ def decode_description(data: bytes) -> Description:
         max_segments=message.max_segments,
         max_sequences=message.max_sequences,
         max_pending=message.max_pending,
+        projections=tuple(message.projections),
         protocol=message.protocol,
     )
     _check(description, RemoteProtocolError)
@@ -137,6 +140,15 @@ def _parse(kind: type[_M], data: bytes) -> _M:
 def _check(description: Description, fault: type[ProtocolError]) -> None:
     for name in _TEXTS:
         check_text(name, getattr(description, name), DEFAULT_LIMITS.max_text, fault)
+    if len(description.projections) > MAX_PROJECTIONS:
+        raise fault(
+            f"the description names {len(description.projections)} projections, over the limit of "
+            f"{MAX_PROJECTIONS}; serve fewer"
+        )
+    for projection in description.projections:
+        check_text("projection", projection, DEFAULT_LIMITS.max_text, fault)
+        if not projection:
+            raise fault("the description names a projection without a fingerprint; leave it out")
     for name in _POSITIVE:
         if getattr(description, name) < 1:
             raise fault(f"the description gives no {name}; it must be at least 1")

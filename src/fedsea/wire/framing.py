@@ -53,6 +53,7 @@ CODEC_NUMBERS: Final[Mapping[Codec, pb.Codec]] = {
     Codec.BF16: pb.CODEC_BF16,
     Codec.FP16: pb.CODEC_FP16,
     Codec.INT8: pb.CODEC_INT8,
+    Codec.COUNTS: pb.CODEC_COUNTS,
 }
 CODECS_BY_NUMBER: Final[Mapping[int, Codec]] = {
     number: codec for codec, number in CODEC_NUMBERS.items()
@@ -191,6 +192,10 @@ def _write_open(event: Open) -> bytes:
         down_codec=CODEC_NUMBERS[event.down_codec],
         reserve_rows=event.reserve_rows,
         adapter=event.adapter,
+        up_width=event.up_width,
+        up_levels=event.up_levels,
+        up_scale=event.up_scale,
+        projection=event.projection,
     )
     return pb.ClientMessage(open=message).SerializeToString()
 
@@ -287,6 +292,10 @@ def _read_open(data: bytes) -> Open:
         reserve_rows=body.reserve_rows,
         adapter=body.adapter,
         protocol=body.protocol,
+        up_width=body.up_width,
+        up_levels=body.up_levels,
+        up_scale=body.up_scale,
+        projection=body.projection,
     )
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 
-from fedsea.wire.codecs import Codec
+from fedsea.errors import ConfigError
+from fedsea.wire.codecs import Codec, RowFormat
 from fedsea.wire.limits import DEFAULT_LIMITS
 
 PROTOCOL_VERSION = 1
@@ -59,7 +60,12 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Client: start a session over blocks `first_block` .. `end_block - 1`."""
+    """Client: start a session over blocks `first_block` .. `end_block - 1`.
+
+    Rows go up in `up_codec` with `up_width` numbers each, 0 for the hidden size; for counts,
+    `up_levels` and `up_scale` say what a count means. Rows of another width than the hidden size
+    are widened at the server by its half of `projection`, named by the fingerprint of the pair.
+    """
 
     fingerprint: str
     first_block: int
@@ -69,6 +75,29 @@ class Open:
     reserve_rows: int = 0
     adapter: str = ""
     protocol: int = PROTOCOL_VERSION
+    up_width: int = 0
+    up_levels: int = 0
+    up_scale: float = 0.0
+    projection: str = ""
+
+    def up_format(self, hidden_size: int) -> RowFormat:
+        """How the rows of every Append are written.
+
+        Raises:
+            ConfigError: the fields describe no format.
+        """
+        width = self.up_width or hidden_size
+        return RowFormat(self.up_codec, width, self.up_levels, self.up_scale)
+
+    def down_format(self, hidden_size: int) -> RowFormat:
+        """How the rows of every Output are written.
+
+        Raises:
+            ConfigError: rows come back as counts.
+        """
+        if self.down_codec is Codec.COUNTS:
+            raise ConfigError("counts go up only; let rows come back in fp32, bf16, fp16 or int8")
+        return RowFormat(self.down_codec, hidden_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +207,7 @@ class Description:
 
     `model` is a name to show; only `fingerprint` identifies the checkpoint. `quantization` is empty
     for none. Each sequence takes KV rows in whole pages of `page_rows`, which a reservation has to
-    allow for.
+    allow for. `projections` are the fingerprints of those whose rows this server can widen.
     """
 
     model: str
@@ -199,4 +228,5 @@ class Description:
     max_segments: int = DEFAULT_LIMITS.max_segments
     max_sequences: int = DEFAULT_LIMITS.max_sequences
     max_pending: int = DEFAULT_LIMITS.max_pending
+    projections: tuple[str, ...] = ()
     protocol: int = PROTOCOL_VERSION

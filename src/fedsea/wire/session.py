@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
-from fedsea.errors import ProtocolError
+from fedsea.errors import ConfigError, ProtocolError
 from fedsea.wire.limits import Limits
 from fedsea.wire.messages import (
     PROTOCOL_VERSION,
@@ -102,8 +102,25 @@ class SessionRules:
             )
         check_text("fingerprint", event.fingerprint, self._limits.max_text, fault)
         check_text("adapter", event.adapter, self._limits.max_text, fault)
-        self._up_row_bytes = event.up_codec.row_bytes(self._hidden_size)
-        self._down_row_bytes = event.down_codec.row_bytes(self._hidden_size)
+        check_text("projection", event.projection, self._limits.max_text, fault)
+        self._check_width(event, fault)
+        try:
+            up, down = event.up_format(self._hidden_size), event.down_format(self._hidden_size)
+        except ConfigError as error:
+            raise fault(str(error)) from None
+        self._up_row_bytes, self._down_row_bytes = up.row_bytes, down.row_bytes
+
+    def _check_width(self, event: Open, fault: Fault) -> None:
+        width = event.up_width or self._hidden_size
+        if not 1 <= width <= self._hidden_size:
+            raise fault(
+                f"rows of {width} numbers do not fit a hidden size of {self._hidden_size}; "
+                "use a projection for this model"
+            )
+        if width != self._hidden_size and not event.projection:
+            raise fault(
+                f"rows of {width} numbers need a projection to {self._hidden_size}; name one"
+            )
 
     def _opened(self, event: Opened, fault: Fault) -> None:
         check_text("session_id", event.session_id, self._limits.max_text, fault)

@@ -14,6 +14,7 @@ class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CODEC_BF16: _ClassVar[Codec]
     CODEC_FP16: _ClassVar[Codec]
     CODEC_INT8: _ClassVar[Codec]
+    CODEC_COUNTS: _ClassVar[Codec]
 
 class Want(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -31,6 +32,7 @@ CODEC_FP32: Codec
 CODEC_BF16: Codec
 CODEC_FP16: Codec
 CODEC_INT8: Codec
+CODEC_COUNTS: Codec
 WANT_UNSPECIFIED: Want
 WANT_LAST: Want
 WANT_ALL: Want
@@ -67,7 +69,7 @@ class ServerMessage(_message.Message):
     def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("protocol", "fingerprint", "first_block", "end_block", "up_codec", "down_codec", "reserve_rows", "adapter")
+    __slots__ = ("protocol", "fingerprint", "first_block", "end_block", "up_codec", "down_codec", "reserve_rows", "adapter", "up_width", "up_levels", "up_scale", "projection")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
@@ -76,6 +78,10 @@ class Open(_message.Message):
     DOWN_CODEC_FIELD_NUMBER: _ClassVar[int]
     RESERVE_ROWS_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    UP_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    UP_LEVELS_FIELD_NUMBER: _ClassVar[int]
+    UP_SCALE_FIELD_NUMBER: _ClassVar[int]
+    PROJECTION_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     fingerprint: str
     first_block: int
@@ -84,7 +90,11 @@ class Open(_message.Message):
     down_codec: Codec
     reserve_rows: int
     adapter: str
-    def __init__(self, protocol: _Optional[int] = ..., fingerprint: _Optional[str] = ..., first_block: _Optional[int] = ..., end_block: _Optional[int] = ..., up_codec: _Optional[_Union[Codec, str]] = ..., down_codec: _Optional[_Union[Codec, str]] = ..., reserve_rows: _Optional[int] = ..., adapter: _Optional[str] = ...) -> None: ...
+    up_width: int
+    up_levels: int
+    up_scale: float
+    projection: str
+    def __init__(self, protocol: _Optional[int] = ..., fingerprint: _Optional[str] = ..., first_block: _Optional[int] = ..., end_block: _Optional[int] = ..., up_codec: _Optional[_Union[Codec, str]] = ..., down_codec: _Optional[_Union[Codec, str]] = ..., reserve_rows: _Optional[int] = ..., adapter: _Optional[str] = ..., up_width: _Optional[int] = ..., up_levels: _Optional[int] = ..., up_scale: _Optional[float] = ..., projection: _Optional[str] = ...) -> None: ...
 
 class Opened(_message.Message):
     __slots__ = ("session_id", "idle_timeout_ms")
@@ -193,7 +203,7 @@ class DescribeRequest(_message.Message):
     def __init__(self, protocol: _Optional[int] = ...) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("protocol", "model", "family", "fingerprint", "hidden_size", "num_blocks", "first_block", "end_block", "codecs", "max_context", "max_rows_per_message", "max_message_bytes", "dtype", "quantization", "server_version", "page_rows", "max_segments", "max_sequences", "max_pending")
+    __slots__ = ("protocol", "model", "family", "fingerprint", "hidden_size", "num_blocks", "first_block", "end_block", "codecs", "max_context", "max_rows_per_message", "max_message_bytes", "dtype", "quantization", "server_version", "page_rows", "max_segments", "max_sequences", "max_pending", "projections")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
@@ -213,6 +223,7 @@ class Description(_message.Message):
     MAX_SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     MAX_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     MAX_PENDING_FIELD_NUMBER: _ClassVar[int]
+    PROJECTIONS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     model: str
     family: str
@@ -232,7 +243,8 @@ class Description(_message.Message):
     max_segments: int
     max_sequences: int
     max_pending: int
-    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., family: _Optional[str] = ..., fingerprint: _Optional[str] = ..., hidden_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., first_block: _Optional[int] = ..., end_block: _Optional[int] = ..., codecs: _Optional[_Iterable[_Union[Codec, str]]] = ..., max_context: _Optional[int] = ..., max_rows_per_message: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., server_version: _Optional[str] = ..., page_rows: _Optional[int] = ..., max_segments: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_pending: _Optional[int] = ...) -> None: ...
+    projections: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., family: _Optional[str] = ..., fingerprint: _Optional[str] = ..., hidden_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., first_block: _Optional[int] = ..., end_block: _Optional[int] = ..., codecs: _Optional[_Iterable[_Union[Codec, str]]] = ..., max_context: _Optional[int] = ..., max_rows_per_message: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., server_version: _Optional[str] = ..., page_rows: _Optional[int] = ..., max_segments: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_pending: _Optional[int] = ..., projections: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class AttestRequest(_message.Message):
     __slots__ = ("nonce",)

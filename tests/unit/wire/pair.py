@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from fedsea.wire.codecs import Codec
+from fedsea.wire.codecs import Codec, RowFormat
 from fedsea.wire.connection import Connection
 from fedsea.wire.limits import DEFAULT_LIMITS, Limits
 from fedsea.wire.messages import Begin, Event, Open, Opened, Role
 
 HIDDEN_SIZE = 4
+LEVELS = 5
 
 
 def an_open(up: Codec = Codec.FP32, down: Codec = Codec.FP32) -> Open:
     """A valid Open."""
+    if up is Codec.COUNTS:
+        return Open("f00d", 2, 6, up, down, up_levels=LEVELS, up_scale=1.0)
     return Open("f00d", 2, 6, up, down)
 
 
 def zeros(count: int, codec: Codec = Codec.FP32) -> bytes:
     """Bytes of `count` rows of zeros."""
+    if codec is Codec.COUNTS:
+        return bytes(count * RowFormat(codec, HIDDEN_SIZE, LEVELS, 1.0).row_bytes)
     return bytes(count * codec.row_bytes(HIDDEN_SIZE))
 
 

@@ -32,7 +32,12 @@ def segments(wants):
     return st.lists(st.builds(Segment, uint32, uint32, uint32, wants), max_size=5).map(tuple)
 
 
-opens = st.builds(Open, names, uint32, uint32, codecs, codecs, uint32, names, uint32)
+doubles = st.floats(allow_nan=False)
+opens = st.builds(
+    Open,
+    *(names, uint32, uint32, codecs, codecs, uint32, names, uint32),
+    *(uint32, uint32, doubles, names),
+)
 appends = st.builds(Append, uint64, segments(st.sampled_from(Want)), st.binary(max_size=64))
 client_events = st.one_of(
     opens,

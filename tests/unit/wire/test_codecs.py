@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsea.errors import LocalProtocolError, RemoteProtocolError
-from fedsea.wire.codecs import Codec, decode, encode
+from fedsea.errors import ConfigError, LocalProtocolError, RemoteProtocolError
+from fedsea.wire.codecs import MAX_LEVELS, VALUE_CODECS, Codec, RowFormat, decode, encode
 
 FLOATS = [(Codec.FP32, torch.float32), (Codec.BF16, torch.bfloat16), (Codec.FP16, torch.float16)]
 
@@ -83,7 +83,7 @@ def test_int8_row_of_zeros():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("codec", Codec)
+@pytest.mark.parametrize("codec", VALUE_CODECS)
 def test_any_floating_dtype_is_taken_and_given(codec, dtype):
     """Rows may be computed in any floating dtype on either side."""
     rows = torch.tensor([[0.5, -1.0, 2.0]], dtype=dtype)
@@ -113,7 +113,7 @@ def test_decode_takes_a_memoryview():
     assert decode(memoryview(data)[8:], Codec.FP32, 1, 2).tolist() == [[3, 4]]
 
 
-@pytest.mark.parametrize("codec", Codec)
+@pytest.mark.parametrize("codec", VALUE_CODECS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_encode_refuses_what_is_not_finite(codec, bad):
     """NaN and infinity are a fault of this side, whatever the codec."""
@@ -154,7 +154,7 @@ def test_encode_refuses_what_is_no_matrix_of_floats(rows):
         encode(rows, Codec.FP32)
 
 
-@pytest.mark.parametrize("codec", Codec)
+@pytest.mark.parametrize("codec", VALUE_CODECS)
 @pytest.mark.parametrize(("count", "extra"), [(2, -1), (2, 1), (0, 1), (-1, 0), (10**12, 0)])
 def test_decode_refuses_a_wrong_length_before_allocating(codec, count, extra):
     """The number of bytes must be that of the rows; nothing is sized by the peer's claim."""
@@ -186,7 +186,7 @@ def test_decode_refuses_overflow_of_the_wanted_dtype():
 
 
 @settings(max_examples=100, deadline=None)
-@given(data=st.binary(max_size=64), codec=st.sampled_from(Codec), count=st.integers(0, 8))
+@given(data=st.binary(max_size=64), codec=st.sampled_from(VALUE_CODECS), count=st.integers(0, 8))
 def test_any_bytes_are_finite_rows_or_refused(data, codec, count):
     """Whatever comes, decode gives finite rows of the asked shape or a remote error."""
     try:
@@ -195,3 +195,142 @@ def test_any_bytes_are_finite_rows_or_refused(data, codec, count):
         return
     assert rows.shape == (count, 3)
     assert bool(rows.isfinite().all())
+
+
+@st.composite
+def counted(draw):
+    """A format of counts, and counts of 0 to 5 rows in it."""
+    levels, width = draw(st.integers(1, MAX_LEVELS)), draw(st.integers(1, 23))
+    chosen = RowFormat(Codec.COUNTS, width, levels, draw(st.floats(0.001, 100.0)))
+    rows = draw(
+        st.lists(st.lists(st.integers(0, levels), min_size=width, max_size=width), max_size=5)
+    )
+    return chosen, torch.tensor(rows, dtype=torch.uint8).view(len(rows), width)
+
+
+@settings(max_examples=200, deadline=None)
+@given(drawn=counted())
+def test_counts_come_back_exactly(drawn):
+    """Counts of any levels and width are read as they were drawn, and as the values they stand for."""
+    chosen, counts = drawn
+    data = chosen.encode(counts)
+    assert len(data) == len(counts) * -(-chosen.width * chosen.bits // 8)
+    assert torch.equal(chosen.counts(data, len(counts)), counts)
+    expected = chosen.scale * (2 * counts.double() / chosen.levels - 1)
+    assert torch.equal(chosen.decode(data, len(counts)), expected.float())
+
+
+@pytest.mark.parametrize(
+    ("levels", "bits"), [(1, 1), (2, 2), (3, 2), (7, 3), (15, 4), (16, 5), (127, 7), (255, 8)]
+)
+def test_bits_of_a_count(levels, bits):
+    """A count takes as few bits as hold the greatest one."""
+    assert RowFormat(Codec.COUNTS, 1, levels, 1.0).bits == bits
+
+
+def test_layout_of_counts():
+    """Least significant bit first, each row in bytes of its own: as in docs/protocol.md."""
+    three_bits = RowFormat(Codec.COUNTS, 3, 7, 1.0)
+    rows = torch.tensor([[1, 2, 7], [5, 0, 0]], dtype=torch.uint8)
+    assert three_bits.encode(rows) == bytes([0b11010001, 0b1, 0b101, 0])
+    whole_bytes = RowFormat(Codec.COUNTS, 3, 200, 1.0)
+    assert whole_bytes.encode(rows) == bytes([1, 2, 7, 5, 0, 0])
+
+
+def test_values_of_counts():
+    """No count is -scale, all of them are +scale, half of them are zero."""
+    ternary = RowFormat(Codec.COUNTS, 3, 2, 0.5)
+    assert ternary.values(torch.tensor([[0, 1, 2]], dtype=torch.uint8)).tolist() == [[-0.5, 0, 0.5]]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        torch.zeros(2, 3),
+        torch.zeros(3, dtype=torch.uint8),
+        torch.zeros(2, 4, dtype=torch.uint8),
+        torch.zeros(2, 3, dtype=torch.int64),
+        torch.full((2, 3), 3, dtype=torch.uint8),
+    ],
+    ids=["floats", "one row", "too wide", "int64", "above the levels"],
+)
+def test_wrong_counts_are_not_sent(rows):
+    """A mechanism that draws something else than was agreed is stopped here."""
+    with pytest.raises(LocalProtocolError):
+        RowFormat(Codec.COUNTS, 3, 2, 1.0).encode(rows)
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (b"\x00", "1 bytes came"),
+        (b"\x03\x00", "above 2"),
+        (b"\x00\x30", "above 2"),
+        (b"\x00\x40", "behind its last"),
+    ],
+)
+def test_wrong_counts_are_refused(data, match):
+    """Counts above the levels and bits that mean nothing are a fault of the peer."""
+    chosen = RowFormat(Codec.COUNTS, 3, 2, 1.0)
+    with pytest.raises(RemoteProtocolError, match=match):
+        chosen.decode(data, 2)
+
+
+def test_no_rows_of_counts():
+    """Nothing is written as nothing."""
+    chosen = RowFormat(Codec.COUNTS, 3, 2, 1.0)
+    assert chosen.encode(torch.empty(0, 3, dtype=torch.uint8)) == b""
+    assert chosen.decode(b"", 0).shape == (0, 3)
+
+
+def test_counts_too_large_for_the_dtype_are_refused():
+    """A server that computes in fp16 hears of a scale beyond it before anything is computed."""
+    chosen = RowFormat(Codec.COUNTS, 1, 1, 1e6)
+    with pytest.raises(RemoteProtocolError, match="not finite"):
+        chosen.decode(b"\x01", 1, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        (Codec.COUNTS, 0, 1, 1.0),
+        (Codec.COUNTS, 4, 0, 1.0),
+        (Codec.COUNTS, 4, 256, 1.0),
+        (Codec.COUNTS, 4, 1, 0.0),
+        (Codec.COUNTS, 4, 1, -1.0),
+        (Codec.COUNTS, 4, 1, float("nan")),
+        (Codec.COUNTS, 4, 1, float("inf")),
+        (Codec.COUNTS, 4, 1, 1e39),
+        (Codec.FP32, 4, 1, 0.0),
+        (Codec.FP32, 4, 0, 1.0),
+        (Codec.FP32, 0, 0, 0.0),
+    ],
+)
+def test_formats_that_cannot_be(fields):
+    """Every field of a format is checked when it is made."""
+    with pytest.raises(ConfigError):
+        RowFormat(*fields)
+
+
+def test_formats_of_floats_write_what_the_codec_writes():
+    """A format of floats is its codec at one width."""
+    rows = torch.randn(3, 5)
+    for codec in VALUE_CODECS:
+        chosen = RowFormat(codec, 5)
+        data = chosen.encode(rows)
+        assert data == encode(rows, codec)
+        assert len(data) == 3 * chosen.row_bytes
+        assert torch.equal(chosen.decode(data, 3), decode(data, codec, 3, 5))
+    with pytest.raises(LocalProtocolError, match="5 numbers"):
+        RowFormat(Codec.FP32, 4).encode(rows)
+
+
+def test_counts_are_no_codec_of_floats():
+    """Without levels nothing can be written or read as counts."""
+    for use in (
+        lambda: encode(torch.ones(1, 2), Codec.COUNTS),
+        lambda: decode(b"", Codec.COUNTS, 0, 2),
+        lambda: Codec.COUNTS.row_bytes(2),
+    ):
+        with pytest.raises(ConfigError, match="mechanism"):
+            use()

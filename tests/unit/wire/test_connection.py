@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import struct
+from dataclasses import replace
 
 import pytest
 from tests.unit.wire.pair import HIDDEN_SIZE, ConnectionPair, an_open, zeros
@@ -140,6 +142,22 @@ def test_codecs_differ_by_direction():
     pair.server_sends(Output(0, append.answer(), zeros(2, Codec.BF16)))
 
 
+@pytest.mark.parametrize("levels", [1, 2, 15, 255])
+def test_counts_of_a_narrow_row_are_measured_in_bits(levels):
+    """Width and levels of Open say how many bytes a row takes."""
+    pair = ConnectionPair()
+    greeting = replace(
+        an_open(), up_codec=Codec.COUNTS, up_width=3, up_levels=levels, up_scale=0.5, projection="p"
+    )
+    pair.client_sends(greeting)
+    pair.server_sends(Opened("s"))
+    row_bytes = greeting.up_format(HIDDEN_SIZE).row_bytes
+    assert row_bytes == -(-3 * levels.bit_length() // 8)
+    pair.client_sends(Begin(0, 8), Append(0, (Segment(0, 0, 2),), bytes(2 * row_bytes)))
+    with pytest.raises(LocalProtocolError, match="its segments need"):
+        pair.client.send(Append(1, (Segment(0, 2, 1),), bytes(row_bytes + 1)))
+
+
 def test_several_appends_wait_and_are_answered_in_order():
     """Appends may be sent ahead up to the limit; Outputs come in their order."""
     pair = ConnectionPair(Limits(max_pending=2))
@@ -156,6 +174,16 @@ OPENS = [
     (Open("f", 6, 6, Codec.FP32, Codec.FP32), "no span"),
     (Open("f" * 600, 2, 6, Codec.FP32, Codec.FP32), "fingerprint"),
     (Open("f", 2, 6, Codec.FP32, Codec.FP32, adapter="a\nb"), "adapter"),
+    (Open("f", 2, 6, Codec.FP32, Codec.FP32, projection="a\nb"), "projection"),
+    (Open("f", 2, 6, Codec.FP32, Codec.FP32, up_width=3), "need a projection"),
+    (Open("f", 2, 6, Codec.FP32, Codec.FP32, up_width=5, projection="p"), "do not fit"),
+    (Open("f", 2, 6, Codec.FP32, Codec.FP32, up_levels=3), "belong to the codec counts"),
+    (Open("f", 2, 6, Codec.FP32, Codec.FP32, up_scale=1.0), "belong to the codec counts"),
+    (Open("f", 2, 6, Codec.COUNTS, Codec.FP32, up_levels=0, up_scale=1.0), "0 levels"),
+    (Open("f", 2, 6, Codec.COUNTS, Codec.FP32, up_levels=256, up_scale=1.0), "256 levels"),
+    (Open("f", 2, 6, Codec.COUNTS, Codec.FP32, up_levels=3, up_scale=math.nan), "scale"),
+    (Open("f", 2, 6, Codec.COUNTS, Codec.FP32, up_levels=3, up_scale=math.inf), "scale"),
+    (Open("f", 2, 6, Codec.FP32, Codec.COUNTS), "go up only"),
 ]
 
 

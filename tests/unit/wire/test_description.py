@@ -14,6 +14,7 @@ from fedsea.wire import trunk_pb2 as pb
 from fedsea.wire.codecs import Codec
 from fedsea.wire.description import (
     MAX_DESCRIPTION_BYTES,
+    MAX_PROJECTIONS,
     decode_describe_request,
     decode_description,
     encode_describe_request,
@@ -38,6 +39,7 @@ GOOD = Description(
     dtype="float32",
     server_version="0.1.0",
     max_sequences=9,
+    projections=("ab" * 32, "cd" * 32),
 )
 
 BAD = [
@@ -49,6 +51,7 @@ BAD = [
     ({"model": "a\nb"}, "model"),
     ({"family": "x" * 600}, "family"),
 ]
+BAD_PROJECTIONS = [("",), ("a\nb",), ("x" * 600,), ("p",) * (MAX_PROJECTIONS + 1)]
 
 
 def test_round_trip():
@@ -75,6 +78,17 @@ def test_a_wrong_description_is_refused(change, match):
     for name, value in change.items():
         setattr(message, name, value)
     with pytest.raises(RemoteProtocolError, match=match):
+        decode_description(message.SerializeToString())
+
+
+@pytest.mark.parametrize("projections", BAD_PROJECTIONS)
+def test_projections_are_few_and_named(projections):
+    """A fingerprint is a short text, and there is a bound on how many are named."""
+    with pytest.raises(LocalProtocolError, match="projection"):
+        encode_description(replace(GOOD, projections=projections))
+    message = pb.Description.FromString(encode_description(replace(GOOD, projections=())))
+    message.projections.extend(projections)
+    with pytest.raises(RemoteProtocolError, match="projection"):
         decode_description(message.SerializeToString())
 
 
