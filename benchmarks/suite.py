@@ -11,7 +11,17 @@ from pathlib import Path
 import torch
 
 from benchmarks.bench import Bench
-from benchmarks.cases import concurrency, decode, gpu, latency, memory, naive, network, trunk
+from benchmarks.cases import (
+    concurrency,
+    decode,
+    floors,
+    gpu,
+    latency,
+    memory,
+    naive,
+    network,
+    trunk,
+)
 from benchmarks.measure import Row
 from benchmarks.processes import ProcessFailed
 from benchmarks.settings import THREADS, Scale
@@ -24,6 +34,7 @@ CASES: dict[str, Case] = {
     "int8": decode.int8_rows,
     "first-token": latency.first_token_rows,
     "split": latency.split_rows,
+    "floors": floors.rows,
     "clients": concurrency.rows,
     "trunk": trunk.rows,
     "stall": trunk.stall_rows,
