@@ -179,9 +179,9 @@ def _mechanism_verdict(group: Sequence[Setting]) -> Verdict:
             f"{where}: {Standing.HOLDS} at {best.strongest.parameters}: {setting_text(best)}."
         )
         return Verdict(name, True, sentence, best)
-    protective = [setting for setting in group if setting.standing.is_protective]
-    if protective:
-        least = min(protective, key=lambda setting: setting.cost)
+    spent = [setting for setting in group if setting.standing.is_protective]
+    if spent:
+        least = min(spent, key=lambda setting: setting.cost)
         sentence = (
             f"{where}: no setting kept both text and use; the attacker falls to a guess at "
             f"{least.strongest.parameters}, where {setting_text(least)}."
