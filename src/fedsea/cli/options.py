@@ -65,6 +65,7 @@ class Quantization(StrEnum):
 
     NONE = "none"
     INT8 = "int8"
+    NF4 = "nf4"
 
 
 Model = Annotated[

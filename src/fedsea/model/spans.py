@@ -20,7 +20,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging as transformers_logging
 
 from fedsea.errors import CheckpointError, PartitionError, UnsupportedModel
-from fedsea.model import attention, linears
+from fedsea.model import attention, linears, quantization
 from fedsea.model.attention import KVContext, RaggedBatch
 from fedsea.model.checkpoint import Checkpoint, block_of
 from fedsea.model.kv_cache import KVCache, KVShape
@@ -48,7 +48,7 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where and how a part is kept: device, dtype and weight format ('none' or 'int8')."""
+    """Where and how a part is kept: device, dtype and weight format (`quantization.FORMATS`)."""
 
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
@@ -56,8 +56,8 @@ class Placement:
 
     @property
     def kept_dtype(self) -> torch.dtype:
-        """What the large weights are stored as."""
-        return torch.int8 if self.quantization == "int8" else self.dtype
+        """What the large weights are stored as; nf4 takes half of what this says."""
+        return self.dtype if self.quantization == "none" else torch.int8
 
 
 class _Passthrough(nn.Module):
@@ -243,7 +243,10 @@ def _load_blocks(
 def _loading_dtype(maps: TensorMaps, placement: Placement) -> torch.dtype:
     """int8 weights are made from the stored numbers: a wider copy first would only take memory."""
     stored = {tensor.dtype for tensor in maps.tensors.values()}
-    if placement.quantization == "int8" and stored in ({torch.bfloat16}, {torch.float16}):
+    if quantization.is_own(placement.quantization, placement.device) and stored in (
+        {torch.bfloat16},
+        {torch.float16},
+    ):
         return stored.pop()
     return placement.dtype
 
@@ -260,7 +263,7 @@ def _convert_rest(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _prepare_linears(module: nn.Module, maps: TensorMaps, placement: Placement) -> nn.Module:
-    if placement.quantization == "int8":
+    if quantization.is_own(placement.quantization, placement.device):
         return linears.quantize_int8(module, maps.release)
     return linears.use_fast_linears(module, maps.release)
 
@@ -358,6 +361,9 @@ def _from_pretrained(
                 for block in range(span.first, span.end)
             },
             dtype=_loading_dtype(maps, placement),
+            quantization_config=quantization.library_config(
+                placement.quantization, placement.device, placement.dtype
+            ),
             device_map={"": str(placement.device)},
             output_loading_info=True,
         )
@@ -380,6 +386,10 @@ def _load_head(checkpoint: Checkpoint, placement: Placement) -> nn.Module:
     name = _either(checkpoint, HEAD, EMBEDDING)
     maps = checkpoint.map([name])
     weight = maps.tensors[name]
+    if not weight.is_floating_point():
+        raise UnsupportedModel(
+            f"{name} is stored quantized; use a checkpoint that leaves the head unquantized"
+        )
     head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     head.weight = nn.Parameter(weight.to(placement.device, placement.dtype), requires_grad=False)
     if "lm_head.bias" in checkpoint.tensors:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from fedsea.errors import ConfigError
 
 DTYPES = ("fp32", "bf16", "fp16")
-QUANTIZATIONS = ("none", "int8")
+QUANTIZATIONS = ("none", "int8", "nf4")
 DEVICES = ("cpu", "cuda", "mps")
 MIN_ROWS = 16
 LOG_FORMATS = ("console", "json")
@@ -35,6 +35,7 @@ _FACTORS = {None: 1} | {
     for binary in ("", "i")
 }
 
+_PATHS = tuple[Path, ...]
 _S = TypeVar("_S")
 _Table = Mapping[str, Any]
 
@@ -72,6 +73,7 @@ class ServerSection:
 class ModelSection:
     """How the blocks are kept and computed; `threads` of 0 leaves torch's own number.
 
+    `projections` are files whose decoders widen narrow rows before the first block.
     `compile` lets torch compile the decoding step before the server is ready, which takes a C++
     compiler and up to a few minutes.
     """
@@ -81,6 +83,7 @@ class ModelSection:
     device: str = "cpu"
     threads: int = 0
     compile: bool = False
+    projections: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         _one_of(DTYPES, "model.dtype", self.dtype)
@@ -342,6 +345,11 @@ def _with_base(table: _Table, section: type[Any], base: Path | None) -> dict[str
     for key, value in table.items():
         if isinstance(value, str) and Path in _accepted(hints.get(key)):
             resolved[key] = str(base / Path(value).expanduser())
+        elif isinstance(value, list) and hints.get(key) == _PATHS:
+            resolved[key] = [
+                str(base / Path(item).expanduser()) if isinstance(item, str) else item
+                for item in value
+            ]
     model = resolved.get("model")
     if section is ServerSection and isinstance(model, str) and (base / model).is_dir():
         resolved["model"] = str(base / model)
@@ -368,6 +376,8 @@ def _accepted(hint: Any) -> tuple[Any, ...]:
 
 
 def _value(key: str, hint: Any, value: Any) -> Any:
+    if hint == _PATHS:
+        return _paths(key, value)
     accepted = _accepted(hint)
     if Path in accepted and isinstance(value, str | Path):
         return Path(value)
@@ -377,6 +387,14 @@ def _value(key: str, hint: Any, value: Any) -> Any:
         return value
     names = " or ".join(kind.__name__ for kind in accepted if kind is not types.NoneType)
     raise ConfigError(f"{key} is of type {type(value).__name__}; give a {names}")
+
+
+def _paths(key: str, value: Any) -> tuple[Path, ...]:
+    if not isinstance(value, list | tuple) or not all(
+        isinstance(item, str | Path) for item in value
+    ):
+        raise ConfigError(f'{key} is no list of paths; write one, as in ["a.safetensors"]')
+    return tuple(Path(item) for item in value)
 
 
 def _need(fulfilled: bool, message: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 import torch
@@ -12,6 +14,8 @@ from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.compilation import compile_decode
 from fedsea.model.inspection import check_memory, trunk_weights
 from fedsea.model.partition import Span
+from fedsea.model.projection import Projection
+from fedsea.model.quantization import library_config
 from fedsea.model.runner import SpanRunner
 from fedsea.model.spans import BlockSpan, Placement, load_trunk
 from fedsea.server.config import MIN_ROWS, KVSection, ModelSection, ServerConfig, parse_bytes
@@ -23,13 +27,14 @@ MAX_SEQUENCES_BY_DEFAULT = 64
 
 @dataclass(frozen=True, slots=True)
 class Trunk:
-    """A loaded span with its KV pool, and what it was loaded from."""
+    """A loaded span with its KV pool, what it was loaded from, and projections by fingerprint."""
 
     checkpoint: Checkpoint
     fingerprint: str
     span: Span
     runner: SpanRunner
     max_context: int
+    projections: Mapping[str, Projection] = field(default_factory=dict)
 
 
 def load(config: ServerConfig) -> Trunk:
@@ -42,6 +47,7 @@ def load(config: ServerConfig) -> Trunk:
     placement = _placement(config.model)
     checkpoint = Checkpoint.open(config.server.model)
     span = _span(config.server.span, checkpoint)
+    projections = _projections(config.model.projections, checkpoint, span, placement)
     needed = trunk_weights(checkpoint, span, placement.kept_dtype)
     check_memory(needed, f"the trunk, blocks {span},", placement.device)
     blocks = load_trunk(checkpoint, span, placement)
@@ -56,6 +62,7 @@ def load(config: ServerConfig) -> Trunk:
         span=span,
         runner=runner,
         max_context=min(context, rows),
+        projections=projections,
     )
 
 
@@ -64,9 +71,9 @@ def _placement(section: ModelSection) -> Placement:
     backends = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not backends.get(device.type, True):
         raise ConfigError(f"model.device is {device}, which this machine does not have; use cpu")
-    if section.quantization == "int8" and device.type != "cpu":
-        raise ConfigError("model.quantization int8 is for the CPU; use none on other devices")
-    return Placement(device, DTYPES[section.dtype], section.quantization)
+    dtype = DTYPES[section.dtype]
+    library_config(section.quantization, device, dtype)  # refuses what cannot be made
+    return Placement(device, dtype, section.quantization)
 
 
 def _span(text: str | None, checkpoint: Checkpoint) -> Span:
@@ -84,6 +91,31 @@ def _span(text: str | None, checkpoint: Checkpoint) -> Span:
             f"use FIRST:END with END at most {num_blocks}"
         )
     return span
+
+
+def _projections(
+    files: Sequence[Path], checkpoint: Checkpoint, span: Span, placement: Placement
+) -> dict[str, Projection]:
+    """The server's halves of projections, by fingerprint, on the device of the blocks.
+
+    Raises:
+        CheckpointError: a file is missing or corrupt.
+        ConfigError, FingerprintMismatch: one has no decoder, or is for another model or cut.
+    """
+    loaded = {}
+    for file in files:
+        projection = Projection.load(file)
+        # A session may begin at any block of the span; which one is checked when it opens.
+        projection.check_fits(checkpoint.hidden_size, projection.bottom, checkpoint.fingerprint())
+        if not span.first <= projection.bottom < span.end:
+            raise ConfigError(
+                f"{file} is for rows that enter block {projection.bottom} and this server has "
+                f"{span}; serve a span that holds it"
+            )
+        if projection.decoder is None:
+            raise ConfigError(f"{file} has no decoder; give the server's half, or the whole pair")
+        loaded[projection.fingerprint()] = projection.for_server().to(placement.device)
+    return loaded
 
 
 def _trained_context(checkpoint: Checkpoint) -> int:
