@@ -1,0 +1,119 @@
+"""Mechanisms by name: the text of options, ledgers and reports made into values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fedsea.errors import ConfigError
+from fedsea.privacy.gaussian import FedSEAGaussian, Gaussian, center_fingerprint, checked_clipping
+from fedsea.privacy.mechanism import Mechanism
+
+PLAIN = "plain"
+
+
+class _Options:
+    """The key=value pairs of one spec; every key must be taken."""
+
+    def __init__(self, name: str, text: str, center: Tensor | None) -> None:
+        self._name = name
+        self._center = center
+        self._pairs: dict[str, str] = {}
+        self._known: list[str] = []
+        for part in filter(None, text.split(",")):
+            key, equals, value = part.partition("=")
+            if not equals or not key or not value or key in self._pairs:
+                raise ConfigError(f"mechanism {name}: {part!r} is not one key=value")
+            self._pairs[key] = value
+
+    def text(self, key: str, default: str) -> str:
+        self._known.append(key)
+        return self._pairs.pop(key, default)
+
+    def number(self, key: str) -> float:
+        value = self.optional(key)
+        if value is None:
+            raise ConfigError(f"mechanism {self._name} needs {key}=NUMBER")
+        return value
+
+    def optional(self, key: str) -> float | None:
+        text = self.text(key, "")
+        if not text:
+            return None
+        try:
+            return float(text)
+        except ValueError:
+            raise ConfigError(f"mechanism {self._name}: {key}={text} is not a number") from None
+
+    def whole(self, key: str) -> int:
+        value = self.number(key)
+        if not value.is_integer():
+            raise ConfigError(f"mechanism {self._name}: {key}={value} is not a whole number")
+        return int(value)
+
+    def center(self) -> Tensor | None:
+        """The given centre, which must be the one that the spec names, if it names one."""
+        named = self.text("center", "")
+        if not named:
+            return self._center
+        if self._center is None or center_fingerprint(self._center.double()) != named:
+            raise ConfigError(
+                f"mechanism {self._name} was made with the centre {named}; pass that centre"
+            )
+        return self._center
+
+    def finish(self) -> None:
+        if self._pairs:
+            raise ConfigError(
+                f"mechanism {self._name} knows no {min(self._pairs)!r}; "
+                f"it knows {', '.join(self._known)}"
+            )
+
+
+def _gaussian(options: _Options) -> Mechanism:
+    clip_norm = options.number("clip_norm")
+    mu, epsilon, delta = (options.optional(key) for key in ("mu", "epsilon", "delta"))
+    by, center = checked_clipping(options.text("by", "row")), options.center()
+    if mu is not None and epsilon is None and delta is None:
+        return Gaussian(clip_norm, mu, by, center)
+    if mu is None and epsilon is not None and delta is not None:
+        return Gaussian.calibrated(epsilon, delta, clip_norm, by, center)
+    raise ConfigError("mechanism gaussian needs either mu=NUMBER or both epsilon and delta")
+
+
+def _fedsea(options: _Options) -> Mechanism:
+    return FedSEAGaussian(options.number("scale"), options.optional("clip_norm"))
+
+
+_READERS: dict[str, Callable[[_Options], Mechanism]] = {
+    Gaussian.name: _gaussian,
+    FedSEAGaussian.name: _fedsea,
+}
+
+
+def mechanism_names() -> tuple[str, ...]:
+    """Every name that a spec may start with, without `plain`."""
+    return tuple(_READERS)
+
+
+def mechanism_from_spec(text: str, center: Tensor | None = None) -> Mechanism | None:
+    """Read `name:key=value,...`; `plain` is no mechanism: None.
+
+    Args:
+        text: what `Mechanism.spec` wrote, or a person.
+        center: the public centre, for mechanisms that take one.
+
+    Raises:
+        ConfigError: an unknown name, key or value.
+    """
+    name, _, rest = text.strip().partition(":")
+    if name == PLAIN and not rest:
+        return None
+    reader = _READERS.get(name)
+    if reader is None:
+        raise ConfigError(f"no mechanism {name!r}; known: {', '.join((PLAIN, *_READERS))}")
+    options = _Options(name, rest, center)
+    mechanism = reader(options)
+    options.finish()
+    return mechanism
