@@ -55,6 +55,7 @@ MEANINGS = {
     "model.quantization": _choice("weight format of the blocks", QUANTIZATIONS),
     "model.device": _choice("where the blocks run", DEVICES) + ", or `cuda:1` and so on",
     "model.threads": "CPU threads; 0 leaves torch's own number",
+    "model.projections": "files whose decoders widen narrow rows; `fedsea serve --projection FILE`",
     "model.compile": "compile the decoding step before the server is ready; takes a C++ compiler",
     "security.ca": "certificate of the authority that signs clients",
     "security.certificate": "the server's certificate",
@@ -115,6 +116,8 @@ def _for_toml(text: str) -> str:
 
 
 def _value(hint: Any) -> str:
+    if hint == tuple[Path, ...]:
+        return "list of paths"
     kinds = [kind for kind in get_args(hint) if kind is not NoneType] or [hint]
     return _TYPES[kinds[0]]
 
@@ -126,6 +129,8 @@ def _default(entry: Field[Any]) -> str:
         return "unset"
     if isinstance(entry.default, bool):
         return f"`{str(entry.default).lower()}`"
+    if entry.default == ():
+        return "`[]`"
     return f'`"{entry.default}"`' if isinstance(entry.default, str) else f"`{entry.default}`"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedsea.wire.codecs import Codec, decode, encode
+from fedsea.wire.codecs import Codec, RowFormat, decode
 from fedsea.wire.connection import Connection
 from fedsea.wire.limits import DEFAULT_LIMITS
 from fedsea.wire.messages import (
@@ -46,17 +46,28 @@ def random_rows(count, seed=0):
 
 
 class Client:
-    """One session, spoken by hand."""
+    """One session, spoken by hand; `up` is a codec, or the whole format of the rows."""
 
     def __init__(self, stream, *, up=Codec.FP32, down=Codec.FP32, limits=DEFAULT_LIMITS):
         self.stream = stream
         self.connection = Connection(Role.CLIENT, limits, hidden_size=HIDDEN)
-        self.up, self.down = up, down
+        self.up = RowFormat(up, HIDDEN) if isinstance(up, Codec) else up
+        self.down = down
         self.notices = []
         self._next_id = 0
 
     @classmethod
-    async def open(cls, channel, fingerprint, *, span=(0, BLOCKS), rows=256, adapter="", **options):
+    async def open(
+        cls,
+        channel,
+        fingerprint,
+        *,
+        span=(0, BLOCKS),
+        rows=256,
+        adapter="",
+        projection="",
+        **options,
+    ):
         """Open a session and wait for the server's answer."""
         client = cls(await channel.open_stream(), **options)
         await client.send(
@@ -64,7 +75,11 @@ class Client:
                 fingerprint=fingerprint,
                 first_block=span[0],
                 end_block=span[1],
-                up_codec=client.up,
+                up_codec=client.up.codec,
+                up_width=client.up.width,
+                up_levels=client.up.levels,
+                up_scale=client.up.scale,
+                projection=projection,
                 down_codec=client.down,
                 reserve_rows=rows,
                 adapter=adapter,
@@ -100,7 +115,7 @@ class Client:
             Segment(sequence, self.connection.length(sequence), len(rows), want)
             for sequence, rows, want in parts
         )
-        data = encode(torch.cat([rows for _, rows, _ in parts]), self.up)
+        data = self.up.encode(torch.cat([rows for _, rows, _ in parts]))
         self._next_id += 1
         await self.send(Append(self._next_id, segments, data))
 

@@ -122,6 +122,14 @@ class SettingOptions:
             rich_help_panel=_MODEL,
         ),
     ] = None
+    projection: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="File whose decoder widens narrow rows; repeat it for several.",
+            show_default=False,
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
     kv_rows: Annotated[
         int | None,
         typer.Option(
@@ -184,6 +192,7 @@ _KEYS = {
     "device": ("model", "device"),
     "threads": ("model", "threads"),
     "compile": ("model", "compile"),
+    "projection": ("model", "projections"),
     "kv_rows": ("kv", "rows"),
     "kv_memory": ("kv", "memory"),
     "max_context": ("kv", "max_context"),

@@ -33,7 +33,7 @@ from fedsea.model.spans import Placement
 from fedsea.transport.base import Channel
 from fedsea.transport.credentials import ClientTLS, Plaintext
 from fedsea.transport.grpc_client import GrpcChannel
-from fedsea.wire.codecs import Codec
+from fedsea.wire.codecs import VALUE_CODECS, Codec, RowFormat
 from fedsea.wire.messages import Description
 
 logger = logging.getLogger("fedsea.client")
@@ -147,8 +147,8 @@ class LLM:
             store=ReleaseStore(release_memory),
             patience=waits,
             tell=on_notice or logger.warning,
-            up_codec=row_codec,
-            down_codec=row_codec,
+            up=RowFormat(row_codec, checkpoint.hidden_size),
+            down=RowFormat(row_codec, checkpoint.hidden_size),
         )
         return cls(checkpoint, split, tokenizer, background)
 
@@ -377,11 +377,10 @@ def _placement(checkpoint: Checkpoint, dtype: str, device: str, quantization: st
 def _codec(name: str, dtype: torch.dtype) -> Codec:
     if name == "auto":
         return _CODEC_OF[dtype]
-    try:
-        return Codec(name)
-    except ValueError as error:
-        known = ", ".join(codec.value for codec in Codec)
-        raise ConfigError(f"codec {name!r} is not known; use auto, {known}") from error
+    known = {codec.value: codec for codec in VALUE_CODECS}
+    if name not in known:
+        raise ConfigError(f"codec {name!r} is not known; use auto, {', '.join(known)}")
+    return known[name]
 
 
 def _endpoints(

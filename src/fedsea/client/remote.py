@@ -34,7 +34,7 @@ from fedsea.errors import (
     Unreachable,
 )
 from fedsea.transport.base import ClientStream
-from fedsea.wire.codecs import Codec, decode, encode
+from fedsea.wire.codecs import RowFormat
 from fedsea.wire.connection import Connection
 from fedsea.wire.limits import DEFAULT_LIMITS, Limits
 from fedsea.wire.messages import (
@@ -148,12 +148,15 @@ class _Link:
 
 @dataclass(frozen=True, slots=True)
 class SessionPlan:
-    """What a session asks for: its blocks, codecs and reserved rows."""
+    """What a session asks for: its blocks, the formats of its rows, and reserved rows.
+
+    Rows that go up narrower than the hidden size are widened by the expected projection.
+    """
 
     expectation: Expectation
     reserve_rows: int
-    up_codec: Codec
-    down_codec: Codec
+    up: RowFormat
+    down: RowFormat
     adapter: str = ""
 
 
@@ -215,7 +218,7 @@ class RemoteTrunk:
 
     def begin(self, sequence: int, capacity: int) -> None:
         """Start an empty sequence of at most `capacity` rows."""
-        log = ReleaseLog(self._store, self._plan.up_codec.row_bytes(self._hidden_size))
+        log = ReleaseLog(self._store, self._plan.up.row_bytes)
         self._say(Begin(sequence, capacity))
         self._chains[sequence] = _Chain(capacity, log)
 
@@ -246,21 +249,27 @@ class RemoteTrunk:
         return len(self._chains[sequence].log)
 
     def append(self, sequence: int, rows: Tensor, want: Want) -> asyncio.Future[Tensor]:
-        """Release the next rows (n, hidden) of a sequence.
+        """Release the next rows (n, width) of a sequence as they are.
 
-        Returns a future of the wanted rows: (n, hidden) for ALL, (1, hidden) for LAST,
-        (0, hidden) for NONE. The future raises what ended the session for good.
+        Returns what `send` does.
 
         Raises:
             LocalProtocolError: the rows cannot be sent.
+        """
+        return self.send(sequence, self._plan.up.encode(rows), rows.shape[0], want)
+
+    def send(self, sequence: int, data: bytes, count: int, want: Want) -> asyncio.Future[Tensor]:
+        """Release the next `count` rows of a sequence, as bytes in the format of the session.
+
+        Returns a future of the wanted rows: (n, hidden) for ALL, (1, hidden) for LAST,
+        (0, hidden) for NONE. The future raises what ended the session for good.
         """
         if self._failure is not None:
             raise self._failure
         log = self._chains[sequence].log
         start = len(log)
-        data = encode(rows, self._plan.up_codec)
         log.append(data)
-        piece = self._owed(sequence, start, rows.shape[0], want, data)
+        piece = self._owed(sequence, start, count, want, data)
         self._waiting.extend(self._parts(piece))
         if len(self._chains) == 1:
             self._pump()
@@ -467,15 +476,19 @@ class RemoteTrunk:
         self._pump_soon()
 
     async def _greet(self, link: _Link) -> None:
-        trunk = self._plan.expectation.trunk
+        expected, up = self._plan.expectation, self._plan.up
         hello = Open(
-            fingerprint=self._plan.expectation.fingerprint,
-            first_block=trunk.first,
-            end_block=trunk.end,
-            up_codec=self._plan.up_codec,
-            down_codec=self._plan.down_codec,
+            fingerprint=expected.fingerprint,
+            first_block=expected.trunk.first,
+            end_block=expected.trunk.end,
+            up_codec=up.codec,
+            down_codec=self._plan.down.codec,
             reserve_rows=self._plan.reserve_rows,
             adapter=self._plan.adapter,
+            up_width=0 if up.width == self._hidden_size else up.width,
+            up_levels=up.levels,
+            up_scale=up.scale,
+            projection=expected.projection,
         )
         try:
             data = link.connection.send(hello)
@@ -517,10 +530,7 @@ class RemoteTrunk:
 
     def _rows_per_message(self, limits: Limits) -> int:
         """Rows that fit into one message in both directions, with room to spare."""
-        row_bytes = max(
-            codec.row_bytes(self._hidden_size)
-            for codec in (self._plan.up_codec, self._plan.down_codec)
-        )
+        row_bytes = max(self._plan.up.row_bytes, self._plan.down.row_bytes)
         return max(1, min(limits.max_rows_per_message, limits.max_message_bytes // (2 * row_bytes)))
 
     async def _write(self, link: _Link) -> None:
@@ -564,7 +574,7 @@ class RemoteTrunk:
         count = sum(segment.count for segment in output.segments)
         self.traffic.rows_down += count
         self.traffic.compute_us += output.compute_us
-        rows = decode(output.rows, self._plan.down_codec, count, self._hidden_size)
+        rows = self._plan.down.decode(output.rows, count)
         offset = 0
         for piece in pieces:
             back = rows[offset : offset + piece.wanted]

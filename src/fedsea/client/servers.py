@@ -52,20 +52,22 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """The model, trunk and codecs that this client needs."""
+    """The model, trunk, codecs up and down, and projection ("" for none) that this client needs."""
 
     model: str
     fingerprint: str
     hidden_size: int
     trunk: Span
     codecs: tuple[Codec, Codec]
+    projection: str = ""
 
     def check(self, served: Description, address: str) -> None:
         """Refuse a server that holds another model or not our blocks, by name.
 
         Raises:
             RemoteProtocolError: the server speaks another protocol version.
-            FingerprintMismatch, PartitionError, ConfigError: model, span or codec differ.
+            FingerprintMismatch, PartitionError, ConfigError: model, span, codec or projection
+                differ.
         """
         if served.protocol != PROTOCOL_VERSION:
             raise RemoteProtocolError(
@@ -88,6 +90,11 @@ class Expectation:
                     f"{address} does not take codec {codec.value}; "
                     f"use one of {', '.join(known.value for known in served.codecs)}"
                 )
+        if self.projection and self.projection not in served.projections:
+            raise ConfigError(
+                f"{address} does not serve the projection {self.projection[:12]}; "
+                "give its operator the server's half of yours, for `fedsea serve --projection`"
+            )
 
 
 def rotate(endpoints: Sequence[Endpoint], first: int) -> list[Endpoint]:

@@ -22,7 +22,7 @@ from fedsea.client.remote import Patience, RemoteTrunk, SessionPlan, Tell, Traff
 from fedsea.client.sampling import Sampler
 from fedsea.client.servers import Endpoint, Expectation
 from fedsea.errors import PromptTooLong
-from fedsea.wire.codecs import Codec
+from fedsea.wire.codecs import RowFormat
 from fedsea.wire.messages import Description, Want
 
 # Rows of a prompt that travel in one message; several are on their way at once.
@@ -46,8 +46,8 @@ class SplitModel:
     store: ReleaseStore
     patience: Patience
     tell: Tell
-    up_codec: Codec = Codec.FP32
-    down_codec: Codec = Codec.FP32
+    up: RowFormat
+    down: RowFormat
 
     async def open(self, capacities: Sequence[int]) -> SplitSession:
         """Open a session that can hold sequences of the given capacities in rows.
@@ -69,8 +69,8 @@ class SplitModel:
         plan = SessionPlan(
             expectation=self.expectation,
             reserve_rows=sum(_whole(rows, page) for rows in capacities),
-            up_codec=self.up_codec,
-            down_codec=self.down_codec,
+            up=self.up,
+            down=self.down,
         )
         trunk = RemoteTrunk(self.endpoints, plan, self.store, self.patience, self.tell)
         try:

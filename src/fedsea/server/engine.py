@@ -25,12 +25,13 @@ from torch import Tensor
 
 from fedsea.errors import ConfigError, FedseaError, LocalProtocolError, RemoteProtocolError
 from fedsea.model.partition import Span
+from fedsea.model.projection import Projection
 from fedsea.model.runner import NewRows, SpanRunner
 from fedsea.server.jobs import Job, Piece
 from fedsea.server.logs import get_logger
 from fedsea.server.metrics import Metrics
 from fedsea.server.scheduler import Grant, Scheduler
-from fedsea.wire.codecs import Codec, decode, encode
+from fedsea.wire.codecs import Codec, RowFormat, encode
 from fedsea.wire.messages import Append, Begin, Drop, Fork, Output, Rollback
 
 INTEGRITY_SECONDS = 1.0
@@ -56,19 +57,28 @@ class Receiver(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Work:
-    """A session as the engine knows it; `account` is that of the KV pool, None while not open."""
+    """A session as the engine knows it; `account` is that of the KV pool, None while not open.
+
+    Rows come in the format `up`; `projection` widens them when it is not None.
+    """
 
     tenant: str
     span: Span
-    up_codec: Codec
+    up: RowFormat
     down_codec: Codec
     receiver: Receiver
+    projection: Projection | None = None
     number: int = -1
     account: int | None = None
     queue: deque[tuple[WorkEvent, float]] = field(default_factory=deque)
     job: Job | None = None
     submitted: int = 0
     applied: int = 0
+
+    @property
+    def entry(self) -> tuple[RowFormat, Projection | None]:
+        """How rows become hidden states: those of sessions with the same entry, in one go."""
+        return self.up, self.projection
 
     @property
     def backlog(self) -> int:
@@ -349,7 +359,7 @@ class Engine:
         assert account is not None
         match event:
             case Append():
-                job = Job.of(event, work.up_codec.row_bytes(self._hidden_size), arrived)
+                job = Job.of(event, work.up.row_bytes, arrived)
                 self._pool.check_room(account, job.growth())
                 self._scheduler.offer(work.number, job.count, arrived)
                 work.job = job
@@ -415,16 +425,29 @@ class Engine:
         return sound, self._join(sound)
 
     def _join(self, group: list[_Share]) -> Tensor:
-        """Rows of shares sorted by codec: one decoding for each codec."""
+        """Rows of shares sorted by entry: one decoding and one projection for each entry."""
         placement = self._runner.placement
         parts = []
-        for codec, members in groupby(group, key=lambda share: share.work.up_codec):
+        for (up, projection), members in groupby(group, key=lambda share: share.work.entry):
             sharing = list(members)
             data = sharing[0].data if len(sharing) == 1 else b"".join(s.data for s in sharing)
             count = sum(share.grant.rows for share in sharing)
-            parts.append(decode(data, codec, count, self._hidden_size, placement.dtype))
-        rows = parts[0] if len(parts) == 1 else torch.cat(parts or [torch.empty(0)])
-        return rows.to(placement.device)
+            if projection is None:
+                parts.append(up.decode(data, count, placement.dtype).to(placement.device))
+            else:
+                parts.append(self._widened(up.decode(data, count), projection))
+        return parts[0] if len(parts) == 1 else torch.cat(parts or [torch.empty(0)])
+
+    def _widened(self, rows: Tensor, projection: Projection) -> Tensor:
+        """Rows of the width of a projection as hidden states, which are finite in the dtype."""
+        placement = self._runner.placement
+        hidden = projection.decode(rows.to(placement.device)).to(placement.dtype)
+        if not bool(hidden.isfinite().all()):
+            raise RemoteProtocolError(
+                f"projected rows are not finite in {placement.dtype}; send smaller values, or "
+                "compute in a wider dtype"
+            )
+        return hidden
 
     def _encode(self, group: list[_Share], hidden: Tensor) -> None:
         """Write the wanted rows of a group into the answers of their jobs."""
@@ -513,9 +536,10 @@ class Engine:
             work.receiver.deliver(FedseaError(STOPPED))
 
 
-def _group(share: _Share) -> tuple[int, int, str]:
-    span = share.work.span
-    return span.first, span.end, share.work.up_codec.value
+def _group(share: _Share) -> tuple[object, ...]:
+    span, up, projection = share.work.span, share.work.up, share.work.projection
+    entry = up.codec.value, up.width, up.levels, up.scale
+    return span.first, span.end, *entry, 0 if projection is None else id(projection)
 
 
 def _answer(answer: asyncio.Future[None], refusal: FedseaError | None) -> None:

@@ -23,6 +23,7 @@ from fedsea.errors import (
     SessionLost,
 )
 from fedsea.model.partition import Span
+from fedsea.model.projection import Projection
 from fedsea.server import loading
 from fedsea.server.config import LimitsSection, ServerConfig
 from fedsea.server.engine import Engine, Work
@@ -135,6 +136,7 @@ class TrunkService:
         if request is None:
             return
         span = self._check(request)
+        projection = self._projection(request)
         session = Session(
             stream,
             connection,
@@ -142,7 +144,8 @@ class TrunkService:
             max_context=self.trunk.max_context,
             idle_timeout=self._config.idle_timeout_s,
         )
-        work = Work(peer.tenant, span, request.up_codec, request.down_codec, session)
+        up = request.up_format(self._hidden_size)
+        work = Work(peer.tenant, span, up, request.down_codec, session, projection)
         with self._admissions.admitted(peer.tenant, request.reserve_rows):
             try:
                 await self.engine.open(work, request.reserve_rows)
@@ -201,6 +204,30 @@ class TrunkService:
             raise ConfigError("this server has no adapters; open the session without one")
         return span
 
+    def _projection(self, request: Open) -> Projection | None:
+        """What widens the rows of a session; None when they come in the hidden size.
+
+        Raises:
+            ConfigError: it is not served, or is for another width or cut.
+        """
+        if not request.projection:
+            return None
+        projection = self.trunk.projections.get(request.projection)
+        if projection is None:
+            served = ", ".join(name[:SHORT_FINGERPRINT] for name in self.trunk.projections)
+            raise ConfigError(
+                f"the projection {request.projection[:SHORT_FINGERPRINT]} is not served here "
+                f"({served or 'there is none'}); ask the operator to add it"
+            )
+        width = request.up_width or self._hidden_size
+        if (width, request.first_block) != (projection.width, projection.bottom):
+            raise ConfigError(
+                f"the projection is for rows of {projection.width} numbers that enter block "
+                f"{projection.bottom}, and rows of {width} for block {request.first_block} were "
+                "announced; use the client's half of the same projection"
+            )
+        return projection
+
     def _watch(self) -> None:
         pool = self.trunk.runner.pool
         watch = self.metrics.watch
@@ -241,6 +268,7 @@ def _describe(config: ServerConfig, trunk: loading.Trunk, limits: Limits) -> Des
         quantization="" if quantization == "none" else quantization,
         server_version=version("fedsea"),
         page_rows=config.kv.page_rows,
+        projections=tuple(trunk.projections),
     )
 
 

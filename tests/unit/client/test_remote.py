@@ -29,10 +29,11 @@ from fedsea.model.partition import Span
 from fedsea.model.spans import Placement, load_trunk
 from fedsea.server.service import TrunkService
 from fedsea.transport.recording import Direction
-from fedsea.wire.codecs import Codec
+from fedsea.wire.codecs import Codec, RowFormat
 from fedsea.wire.messages import Append, Begin, Close, Drop, Fork, Open, Rollback, Want
 
 HIDDEN = 48
+ROWS = RowFormat(Codec.FP32, HIDDEN)
 SPAN = Span(1, 4)
 UP, DOWN = Direction.UP, Direction.DOWN
 # Messages of `dialogue` without faults.
@@ -90,7 +91,7 @@ class Trunks:
             Endpoint(f"server-{number}", functools.partial(self.wire.channel, service))
             for number, service in enumerate(services)
         ]
-        plan = SessionPlan(self.expectation, reserve, Codec.FP32, Codec.FP32)
+        plan = SessionPlan(self.expectation, reserve, ROWS, ROWS)
         store = ReleaseStore()
         tell = tell or self.notices.append
         self.made.append(RemoteTrunk(endpoints, plan, store, patience, tell))

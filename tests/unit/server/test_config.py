@@ -155,3 +155,15 @@ def test_sizes(text, size):
 def test_defaults_have_no_limits_of_their_own():
     """Without quotas nobody is limited."""
     assert QuotasSection().of("anybody") == QuotaSection()
+
+
+def test_lists_of_paths(tmp_path):
+    """Paths in a list are relative to the file too; anything but a list of paths is refused."""
+    file = tmp_path / "server.toml"
+    model = '[server]\nmodel = "m"\n[model]\n'
+    file.write_text(model + 'projections = ["a.safetensors", "/b"]\n')
+    assert ServerConfig.load(file).model.projections == (tmp_path / "a.safetensors", Path("/b"))
+    for wrong in ('"a"', "[1]", "true"):
+        file.write_text(f"{model}projections = {wrong}\n")
+        with pytest.raises(ConfigError, match=r"model\.projections is no list of paths"):
+            ServerConfig.load(file)

@@ -7,11 +7,13 @@ import asyncio
 import pytest
 import torch
 
+from fedsea.errors import RemoteProtocolError
 from fedsea.model.attention import RaggedBatch
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.partition import Span
+from fedsea.model.projection import Projection
 from fedsea.model.spans import Placement, load_trunk
-from fedsea.wire.codecs import Codec, decode, encode
+from fedsea.wire.codecs import VALUE_CODECS, Codec, RowFormat, decode, encode
 from fedsea.wire.messages import Drop, Fork, Rollback, Want
 
 CPU = torch.device("cpu")
@@ -191,8 +193,8 @@ def test_a_narrower_span_equals_a_server_of_that_span(serving, connect, rows, ex
         assert result.numpy() == close_to(expected(sequence, *span))
 
 
-@pytest.mark.parametrize("down", list(Codec))
-@pytest.mark.parametrize("up", list(Codec))
+@pytest.mark.parametrize("down", VALUE_CODECS)
+@pytest.mark.parametrize("up", VALUE_CODECS)
 def test_every_pair_of_codecs(serving, connect, rows, expected, up, down):
     """Rows are computed as the up codec carried them and come back in the down codec."""
     sequence = rows(9)
@@ -212,6 +214,103 @@ def test_every_pair_of_codecs(serving, connect, rows, expected, up, down):
     assert asyncio.run(dialogue()).numpy() == pytest.approx(
         sent.numpy(), abs=1e-5 if down is Codec.FP32 else step
     )
+
+
+COUNTS = RowFormat(Codec.COUNTS, 32, 15, 2.0)
+NARROW_COUNTS = RowFormat(Codec.COUNTS, 8, 5, 1.5)
+NARROW = RowFormat(Codec.FP32, 8)
+
+
+@pytest.fixture(scope="module")
+def projection(fingerprint):
+    """A pair for rows that enter block 0 of the tiny model."""
+    generator = torch.Generator().manual_seed(3)
+    return Projection.of(
+        torch.randn(8, 32, generator=generator) / 6,
+        torch.randn(32, 8, generator=generator) / 3,
+        0,
+        fingerprint,
+    )
+
+
+@pytest.fixture
+def projected(projection, tmp_path):
+    """Settings of a server that widens narrow rows by its half of the pair."""
+    projection.for_server().save(tmp_path / "decoder.safetensors")
+    return {"model": {"projections": [str(tmp_path / "decoder.safetensors")]}}
+
+
+def drawn(chosen, count, seed=0):
+    """Rows as a session of a format sends them, and what the trunk should see before a projection."""
+    generator = torch.Generator().manual_seed(seed)
+    if chosen.codec is Codec.COUNTS:
+        size = (count, chosen.width)
+        counts = torch.randint(0, chosen.levels + 1, size, generator=generator)
+        return counts.byte(), chosen.values(counts)
+    rows = torch.randn(count, chosen.width, generator=generator)
+    return rows, rows
+
+
+@pytest.mark.parametrize("up", [COUNTS, NARROW_COUNTS, NARROW], ids=["counts", "narrow", "floats"])
+def test_counts_and_narrow_rows(serving, connect, expected, projected, projection, up):
+    """Counts are computed with as their values, narrow rows as the projection widens them."""
+    sent, seen = drawn(up, 20)
+
+    async def dialogue():
+        async with serving(**projected) as service:
+            name = projection.fingerprint() if up.width == 8 else ""
+            client = await connect(service, up=up, projection=name)
+            await client.begin()
+            parts = [await client.run(sent[:12])]
+            parts += [await client.run(sent[i : i + 1]) for i in range(12, 20)]
+            await client.close()
+            return torch.cat(parts)
+
+    wanted = expected(projection.decode(seen) if up.width == 8 else seen)
+    assert asyncio.run(dialogue()).numpy() == close_to(wanted)
+
+
+def test_all_formats_share_a_step(serving, connect, projected, projection):
+    """Sessions of different formats that are computed together get what they get alone."""
+    formats = [COUNTS, NARROW, RowFormat(Codec.FP32, 32), NARROW_COUNTS, COUNTS]
+
+    async def one(service, number):
+        up = formats[number]
+        name = projection.fingerprint() if up.width == 8 else ""
+        client = await connect(service, up=up, projection=name)
+        await client.begin()
+        sent, _ = drawn(up, 6, seed=number)
+        parts = [await client.run(sent[i : i + 1]) for i in range(6)]
+        await client.close()
+        return torch.cat(parts)
+
+    async def dialogue():
+        async with serving(**projected) as service:
+            together = await asyncio.gather(*(one(service, n) for n in range(len(formats))))
+            return together, [await one(service, n) for n in range(len(formats))]
+
+    together, alone = asyncio.run(dialogue())
+    for left, right in zip(together, alone, strict=True):
+        assert left.numpy() == close_to(right)
+
+
+def test_rows_that_a_projection_makes_infinite_end_their_session_only(
+    serving, connect, projected, projection
+):
+    """Finite narrow rows can widen to infinity: refused, and a session beside it goes on."""
+
+    async def dialogue():
+        async with serving(**projected) as service:
+            name = projection.fingerprint()
+            bad, good = [await connect(service, up=NARROW, projection=name) for _ in range(2)]
+            for client in (bad, good):
+                await client.begin()
+            with pytest.raises(RemoteProtocolError, match="not finite"):
+                await bad.run(torch.full((1, 8), 3e38))
+            assert (await good.run(torch.ones(1, 8))).isfinite().all()
+            await good.close()
+
+    asyncio.run(dialogue())
 
 
 def test_codecs_share_a_step(serving, connect, rows):

@@ -16,16 +16,18 @@ from fedsea.errors import (
     Draining,
     FedseaError,
     FingerprintMismatch,
+    ModelError,
     PartitionError,
     PromptTooLong,
     QuotaExceeded,
     RemoteProtocolError,
     SessionLost,
 )
+from fedsea.model.projection import Projection
 from fedsea.model.runner import SpanRunner
 from fedsea.server.service import TrunkService
 from fedsea.transport.memory import MemoryChannel
-from fedsea.wire.codecs import Codec
+from fedsea.wire.codecs import Codec, RowFormat
 from fedsea.wire.description import decode_description
 from fedsea.wire.limits import Limits
 from fedsea.wire.messages import (
@@ -78,6 +80,57 @@ def test_a_session_that_cannot_be(serving, connect, fingerprint, options, error,
                 await connect(service, **options)
 
     run(dialogue())
+
+
+@pytest.fixture
+def projection(fingerprint, tmp_path):
+    """A pair for rows that enter block 1; the server's half is in decoder.safetensors."""
+    pair = Projection.of(torch.eye(8, 32), torch.eye(32, 8), 1, fingerprint)
+    pair.for_server().save(tmp_path / "decoder.safetensors")
+    return pair
+
+
+@pytest.mark.parametrize(
+    ("width", "first", "name", "message"),
+    [
+        (8, 1, "e" * 64, "eeeeeeeeeeee is not served here"),
+        (7, 1, None, "rows of 8 numbers.*rows of 7"),
+        (8, 2, None, "block 1, and.*block 2"),
+    ],
+)
+def test_a_projection_that_does_not_fit(
+    serving, connect, projection, tmp_path, width, first, name, message
+):
+    """An unknown projection, another width and another cut are refused when the session opens."""
+    file = tmp_path / "decoder.safetensors"
+
+    async def dialogue():
+        async with serving(model={"projections": [str(file)]}) as service:
+            about = decode_description(await MemoryChannel(service).describe())
+            assert about.projections == (projection.fingerprint(),)
+            with pytest.raises(ConfigError, match=message):
+                await connect(
+                    service,
+                    up=RowFormat(Codec.FP32, width),
+                    span=(first, 4),
+                    projection=name or projection.fingerprint(),
+                )
+
+    run(dialogue())
+
+
+@pytest.mark.parametrize("change", ["model", "hidden", "span", "half", "missing"])
+def test_a_projection_that_cannot_be_served(make_config, fingerprint, tmp_path, change):
+    """The server does not start with a file for something else, or without a decoder."""
+    hidden = 16 if change == "hidden" else 32
+    model = "a" * 64 if change == "model" else fingerprint
+    pair = Projection.of(torch.eye(8, hidden), torch.eye(hidden, 8), 1, model)
+    file = tmp_path / "pair.safetensors"
+    if change != "missing":
+        (pair.for_client() if change == "half" else pair).save(file)
+    server = {"span": "2:4"} if change == "span" else {}
+    with pytest.raises(ModelError if change in ("model", "missing") else ConfigError):
+        TrunkService.load(make_config(server=server, model={"projections": [str(file)]}))
 
 
 def test_a_full_pool_says_when_to_retry(serving, connect):
