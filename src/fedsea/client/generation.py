@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +14,8 @@ from fedsea.client.sampling import FinishReason, Sampler, SamplingParams
 from fedsea.client.split import Progress, SplitSession
 from fedsea.client.text import IncrementalDecoder, StopStrings, decode
 from fedsea.client.together import together
+from fedsea.privacy.placeholders.restoration import Restorer
+from fedsea.privacy.placeholders.substitution import Substitution
 
 # Text is made while the next token is on its way, not before it is sent.
 _TEXT_DELAY = 0.0005
@@ -40,11 +42,15 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The answers to one prompt; `text`, `token_ids` and `finish_reason` are the first one's."""
+    """The answers to one prompt; `text`, `token_ids` and `finish_reason` are the first one's.
+
+    `substituted` says how many spans of which kind placeholders stood for in the prompts so far.
+    """
 
     samples: tuple[Sample, ...]
     prompt_tokens: int
     timing: Timing
+    substituted: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -71,14 +77,20 @@ class Completion:
 class TextWriter:
     """Turns the tokens of one sample into text, now or a little later.
 
-    With stop strings the text decides whether to go on, so it is made at once.
+    With stop strings the text decides whether to go on, so it is made at once. Placeholders are
+    restored before stop strings are looked for.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], on_text: OnText | None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str],
+        on_text: OnText | None,
+        restorer: Restorer | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._decoder = IncrementalDecoder(tokenizer)
+        self._restorer = restorer
         self._stops = StopStrings(stop) if stop else None
         self._on_text = on_text
         self._unwritten: list[int] = []
@@ -102,7 +114,8 @@ class TextWriter:
     def finish(self, token_ids: Sequence[int]) -> str:
         """Write what is left and return the whole text."""
         if self._stops is None and self._on_text is None:
-            return decode(self._tokenizer, token_ids)
+            text = decode(self._tokenizer, token_ids)
+            return text if self._restorer is None else self._restorer.restore(text)
         self._write()
         self._give(self._decoder.flush(), at_end=True)
         return "".join(self._pieces)
@@ -116,6 +129,8 @@ class TextWriter:
         self._unwritten.clear()
 
     def _give(self, text: str, *, at_end: bool = False) -> None:
+        if self._restorer is not None:
+            text = self._restorer.push(text) + (self._restorer.flush() if at_end else "")
         if self._stops is not None:
             text = self._stops.push(text)
             if at_end:
@@ -134,6 +149,7 @@ class Request:
     params: SamplingParams
     on_text: OnText | None = None
     progress: Progress | None = None
+    substitution: Substitution | None = None
 
     @property
     def capacity(self) -> int:
@@ -173,14 +189,26 @@ async def complete(
             sequence,
             sampler,
             token or 0,
-            TextWriter(tokenizer, request.params.stop, request.on_text),
+            TextWriter(
+                tokenizer, request.params.stop, request.on_text, restorer_of(request.substitution)
+            ),
         )
         for sequence, sampler, token in zip(sequences, samplers, tokens, strict=True)
     )
     for sequence in sequences:
         session.drop(sequence)
     timing = Timing(first_token, time.perf_counter() - began)
-    return Completion(tuple(samples), len(request.ids), timing)
+    return Completion(tuple(samples), len(request.ids), timing, counts_of(request.substitution))
+
+
+def restorer_of(substitution: Substitution | None) -> Restorer | None:
+    """What puts values back into one answer, if placeholders are in use."""
+    return None if substitution is None else substitution.restorer()
+
+
+def counts_of(substitution: Substitution | None) -> Mapping[str, int]:
+    """How many spans of which kind were replaced so far."""
+    return {} if substitution is None else substitution.counts
 
 
 async def continue_sample(

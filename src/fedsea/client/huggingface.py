@@ -47,6 +47,10 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
 
     def __init__(self, llm: LLM, *, owns_llm: bool = False) -> None:
+        if llm.placeholders is not None:
+            raise ConfigError(
+                "placeholders need text and this model takes token ids; use LLM, Session or Chat"
+            )
         folder = llm.checkpoint.folder
         super().__init__(AutoConfig.from_pretrained(folder))
         if (folder / GENERATION_CONFIG_NAME).exists():

@@ -7,6 +7,7 @@ import functools
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,6 +32,8 @@ from fedsea.model.inspection import check_memory, client_weights
 from fedsea.model.partition import Partition
 from fedsea.model.spans import Placement
 from fedsea.transport.base import Channel
+from fedsea.privacy.placeholders.config import Placeholders
+from fedsea.privacy.placeholders.substitution import Substitution
 from fedsea.transport.credentials import ClientTLS, Plaintext
 from fedsea.transport.grpc_client import GrpcChannel
 from fedsea.wire.codecs import VALUE_CODECS, Codec, RowFormat
@@ -63,8 +66,10 @@ class LLM:
         tokenizer: PreTrainedTokenizerBase,
         background: Background,
     ) -> None:
+        placeholders: Placeholders | None = None,
         self._checkpoint = checkpoint
         self._split = split
+        self._placeholders = placeholders
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids(checkpoint)
         self._background = background
@@ -88,6 +93,7 @@ class LLM:
         patience: Patience | None = None,
         on_notice: Tell | None = None,
         revision: str | None = None,
+        placeholders: Placeholders | None = None,
     ) -> LLM:
         """Load bottom and top, find a server, and check that it serves the same model.
 
@@ -107,6 +113,8 @@ class LLM:
             patience: how long to wait for places, answers and absent servers.
             on_notice: called with one line when the connection breaks or comes back.
             revision: of a hub id.
+            placeholders: which sensitive spans of prompts are replaced before they are tokenized,
+                and put back into answers.
 
         Raises:
             CheckpointError, UnsupportedModel, PartitionError, ConfigError: local trouble.
@@ -150,7 +158,7 @@ class LLM:
             up=RowFormat(row_codec, checkpoint.hidden_size),
             down=RowFormat(row_codec, checkpoint.hidden_size),
         )
-        return cls(checkpoint, split, tokenizer, background)
+        return cls(checkpoint, split, tokenizer, background, placeholders)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -173,6 +181,11 @@ class LLM:
         return self._tokenizer
 
     @property
+    @property
+    def placeholders(self) -> Placeholders | None:
+        """What is replaced in prompts, if anything is."""
+        return self._placeholders
+
     def eos_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
         return self._eos_ids
@@ -231,7 +244,7 @@ class LLM:
         `options` are fields of `SamplingParams`.
         """
         chosen = sampling_params(params, options)
-        requests = [Request(self.encode(prompt), chosen) for prompt in prompts]
+        requests = [self._request(prompt, chosen) for prompt in prompts]
         if not requests:
             raise RequestError("there is no prompt; give at least one")
         return self._background.start(self._answer(requests))
@@ -260,11 +273,11 @@ class LLM:
         chosen = sampling_params(params, options)
         if chosen.n != 1:
             raise RequestError(f"a stream has one sample and n is {chosen.n}; use submit")
-        ids = self.encode(prompt)
+        request = self._request(prompt, chosen)
 
         async def answer(feed: Feed[str]) -> Completion:
-            request = Request(ids, chosen, on_text=feed.put, progress=progress)
-            return (await self._answer([request]))[0]
+            heard = replace(request, on_text=feed.put, progress=progress)
+            return (await self._answer([heard]))[0]
 
         return streamed(self._background, answer)
 
@@ -287,6 +300,15 @@ class LLM:
         self.close()
 
     async def _answer(self, requests: Sequence[Request]) -> list[Completion]:
+    def _request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+        substitution = self.new_substitution()
+        ids = self.encode(substituted(prompt, substitution))
+        return Request(ids, params, substitution=substitution)
+
+    def new_substitution(self) -> Substitution | None:
+        """A mapping of placeholders for one prompt, session or chat; None when none are used."""
+        return None if self._placeholders is None else self._placeholders.session()
+
         capacities = [r.capacity for r in requests for _ in range(r.params.n)]
         session = await self._split.open(capacities)
         try:
@@ -336,6 +358,21 @@ def streamed(
 
 
 def eos_ids(checkpoint: Checkpoint) -> frozenset[int]:
+def substituted(
+    prompt: str | Sequence[int], substitution: Substitution | None
+) -> str | Sequence[int]:
+    """The prompt with placeholders, if they are in use.
+
+    Raises:
+        RequestError: the prompt is token ids, in which nothing can be found.
+    """
+    if substitution is None:
+        return prompt
+    if not isinstance(prompt, str):
+        raise RequestError("placeholders need text and the prompt is token ids; give the text")
+    return substitution.substitute(prompt)
+
+
     """Ids that end a text, from the generation configuration or the model's."""
     declared = getattr(checkpoint.config, "eos_token_id", None)
     if (checkpoint.folder / GENERATION_CONFIG_NAME).exists():

@@ -19,13 +19,17 @@ from fedsea.client.generation import (
     TextWriter,
     Timing,
     continue_sample,
+    counts_of,
+    restorer_of,
 )
-from fedsea.client.llm import LLM, Message, sampling_params, streamed
+from fedsea.client.llm import LLM, Message, sampling_params, streamed, substituted
 from fedsea.client.remote import Traffic
-from fedsea.client.sampling import Sampler, SamplingParams
+from fedsea.client.sampling import FinishReason, Sampler, SamplingParams
 from fedsea.client.split import Progress, SplitSession
 from fedsea.client.streams import Feed, Stream
+from fedsea.client.text import decode
 from fedsea.errors import PromptTooLong, RequestError
+from fedsea.privacy.placeholders.substitution import Substitution
 
 DEFAULT_ROWS = 2048
 
@@ -53,6 +57,7 @@ class Session:
         sequence: int,
         max_tokens: int,
         branches: _Branches,
+        substitution: Substitution | None,
     ) -> None:
         self._llm = llm
         self._split = split
@@ -60,6 +65,7 @@ class Session:
         self._max_tokens = max_tokens
         self._ids: list[int] = []
         self._branches = branches
+        self._substitution = substitution
         self._turn = asyncio.Lock()
 
     @classmethod
@@ -82,7 +88,8 @@ class Session:
             return split.begin(tokens)
 
         branches = _Branches(alive=1, most=1 + forks)
-        return cls(llm, split, llm.background.run(begin()), tokens, branches)
+        sequence = llm.background.run(begin())
+        return cls(llm, split, sequence, tokens, branches, llm.new_substitution())
 
     @property
     def position(self) -> int:
@@ -171,7 +178,14 @@ class Session:
             return self._split.fork(self._sequence, held, self._max_tokens)
 
         sequence = self._llm.background.run(branch())
-        forked = Session(self._llm, self._split, sequence, self._max_tokens, self._branches)
+        forked = Session(
+            self._llm,
+            self._split,
+            sequence,
+            self._max_tokens,
+            self._branches,
+            self._substitution,
+        )
         forked._ids = list(self._ids)
         self._branches.alive += 1
         return forked
@@ -219,10 +233,11 @@ class Session:
             raise RequestError("the session is closed; open another")
 
     def _new_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        if not isinstance(prompt, str):
-            return list(self._llm.checked(prompt))
         if not prompt:
             return []
+        prompt = substituted(prompt, self._substitution)
+        if not isinstance(prompt, str):
+            return list(self._llm.checked(prompt))
         special = not self._ids
         ids: list[int] = self._llm.tokenizer(prompt, add_special_tokens=special).input_ids
         return ids
@@ -255,7 +270,8 @@ class Session:
             self._sequence, torch.tensor(entering), sampler=sampler, progress=progress
         )
         first_token = time.perf_counter() - began
-        writer = TextWriter(self._llm.tokenizer, params.stop, on_text)
+        restorer = restorer_of(self._substitution)
+        writer = TextWriter(self._llm.tokenizer, params.stop, on_text, restorer)
         try:
             sample: Sample = await continue_sample(
                 self._split, self._sequence, sampler, first.token or 0, writer
@@ -263,7 +279,7 @@ class Session:
         finally:
             self._ids.extend(sampler.generated)
         timing = Timing(first_token, time.perf_counter() - began)
-        return Completion((sample,), len(ids), timing)
+        return Completion((sample,), len(ids), timing, counts_of(self._substitution))
 
     @property
     def _fed(self) -> int:
@@ -316,7 +332,7 @@ class Chat:
         """
         chosen = sampling_params(params, options)
         asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
-        ids = self._llm.encode_chat(asked)
+        ids = self._llm.encode_chat(self._as_sent(asked))
 
         async def answer(feed: Feed[str]) -> Completion:
             session = self._session
@@ -325,6 +341,7 @@ class Chat:
                 session._rollback(known)
                 completion = await session._answer(list(ids[known:]), chosen, feed.put, None)
             self.messages = [*asked, {"role": "assistant", "content": completion.text}]
+            self._remember(completion)
             return completion
 
         return streamed(self._llm.background, answer)
@@ -338,6 +355,23 @@ class Chat:
         """Forget the conversation, the opening message excepted."""
         self.messages = list(self._opening)
         self._session.rollback(0)
+
+    def _as_sent(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with placeholders, if they are in use."""
+        substitution = self._session._substitution
+        if substitution is None:
+            return list(messages)
+        return [
+            {**message, "content": substitution.substitute(message["content"])}
+            for message in messages
+        ]
+
+    def _remember(self, completion: Completion) -> None:
+        """An answer goes into the next prompt as the model wrote it, so that it is not sent anew."""
+        substitution = self._session._substitution
+        if substitution is not None and completion.finish_reason is not FinishReason.STOP_STRING:
+            raw = decode(self._llm.tokenizer, completion.token_ids)
+            substitution.remember(completion.text, raw)
 
     def close(self) -> None:
         """End the session."""

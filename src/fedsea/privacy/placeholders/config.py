@@ -1,0 +1,98 @@
+"""`Placeholders`: what is replaced, by what, and who finds it."""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fedsea.errors import ConfigError
+from fedsea.privacy.placeholders.custom import PatternDetector, WordDetector, checked_kind
+from fedsea.privacy.placeholders.names import NameDetector
+from fedsea.privacy.placeholders.patterns import ShapeDetector
+from fedsea.privacy.placeholders.spans import Detector, Kind, Span
+from fedsea.privacy.placeholders.substitution import Substitution
+
+ALL_KINDS = frozenset(kind.value for kind in Kind)
+MODES = ("pseudonym", "tag")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placeholders:
+    """Sensitive spans of prompts are replaced on this machine and put back into the answers.
+
+    What was replaced is not protected but absent: a substitute is drawn at random, so the server
+    learns nothing of the value from it. What no detector found leaves like any other text, and the
+    words around a span may still say who is meant. Measure on texts of your own.
+
+    Args:
+        kinds: which built-in kinds are replaced, as "name" or "email"; all of them by default.
+        mode: "pseudonym" invents fluent text of the same kind, "tag" writes `[NAME_1]`.
+        words: lists of your own, by a kind in capital letters: `{"PROJECT": ["Blue Heron"]}`.
+        patterns: regular expressions of your own, by a kind in capital letters.
+        detectors: further detectors, such as `PresidioDetector()`; the kinds that they find are
+            always replaced.
+        rng: an explicit source of random numbers, for tests; otherwise the operating system's.
+
+    Raises:
+        ConfigError: an unknown kind or mode, an empty list, a pattern that is none.
+    """
+
+    kinds: Collection[str] = ALL_KINDS
+    mode: str = "pseudonym"
+    words: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)
+    patterns: Mapping[str, str] = field(default_factory=dict, repr=False)
+    detectors: Sequence[Detector] = field(default=(), repr=False)
+    rng: random.Random | None = field(default=None, repr=False)
+    _found_by: tuple[Detector, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.kinds, str):
+            raise ConfigError("kinds is one text; give a list, as in ['name', 'email']")
+        unknown = sorted(set(self.kinds) - ALL_KINDS)
+        if unknown:
+            raise ConfigError(
+                f"no such kind of placeholder: {', '.join(unknown)}; "
+                f"there are {', '.join(kind.value for kind in Kind)}"
+            )
+        if self.mode not in MODES:
+            raise ConfigError(
+                f"placeholder mode {self.mode!r} is not known; use {' or '.join(MODES)}"
+            )
+        own: list[Detector] = [
+            *(WordDetector(checked_kind(kind), words) for kind, words in self.words.items()),
+            *(PatternDetector(checked_kind(kind), found) for kind, found in self.patterns.items()),
+            *self.detectors,
+        ]
+        if not self.kinds and not own:
+            raise ConfigError("nothing would be replaced: give kinds, words, patterns or detectors")
+        builtin: list[Detector] = [_Only(frozenset(self.kinds))] if self.kinds else []
+        object.__setattr__(self, "_found_by", (*own, *builtin))
+
+    @property
+    def found_by(self) -> tuple[Detector, ...]:
+        """All detectors at work."""
+        return self._found_by
+
+    def find(self, text: str) -> list[Span]:
+        """What would be replaced in a text; a dry run to see what is found and what is missed."""
+        return sorted(span for detector in self._found_by for span in detector.find(text))
+
+    def session(self) -> Substitution:
+        """A new mapping; it forgets everything when it is dropped."""
+        rng = self.rng or secrets.SystemRandom()
+        return Substitution(self._found_by, rng, tags=self.mode == "tag")
+
+
+class _Only:
+    """The built-in detectors, for some kinds."""
+
+    def __init__(self, kinds: frozenset[str]) -> None:
+        self._kinds = kinds
+        self._shapes = ShapeDetector()
+        self._names = NameDetector()
+
+    def find(self, text: str) -> list[Span]:
+        shapes: Iterable[Span] = self._shapes.find(text)
+        return [span for span in (*shapes, *self._names.find(text)) if span.kind in self._kinds]
