@@ -132,6 +132,7 @@ class Bench:
             model,
             address,
             tls=options.pop("tls", self.tls),
+            partition=checkpoints.partition_of(model),
             dtype=mode.dtype,
             quantization=mode.quantization,
             on_notice=self.say,
@@ -145,10 +146,11 @@ class Bench:
 
     def _serve(self, model: Path, mode: Mode) -> Served:
         metrics = f"{HOST}:{free_port()}"
+        blocks = checkpoints.blocks_of(model)
         arguments = [
             *("fedsea", "serve", str(model)),
             *("--address", f"{HOST}:0", "--metrics", metrics),
-            *("--span", f"1:{checkpoints.blocks_of(model) - 1}"),
+            *("--span", str(checkpoints.partition_of(model).trunk_span(blocks))),
             *("--dtype", mode.dtype, "--quantization", mode.quantization),
             *("--threads", str(THREADS), "--kv-rows", str(KV_ROWS)),
             *("--certs", str(self.certificates), "--log-level", "warning"),

@@ -13,10 +13,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.settings import Shape
+from fedsea.model.partition import Partition
 
 PRETRAINED = ("stories260K", "tinystories656K")
 _ROOT = Path(__file__).resolve().parents[1]
-_SHARED = _ROOT.parent / "shared" / "assets" / "models"
+_ASSETS = _ROOT.parent / "shared" / "assets"
+_SHARED = _ASSETS / "models"
+_STORIES = _ASSETS / "data" / "tinystories" / "valid_cased.txt"
 
 
 def default_folder() -> Path:
@@ -74,6 +77,11 @@ def pretrained() -> dict[str, Path]:
     return {name: _SHARED / name for name in PRETRAINED if (_SHARED / name).is_dir()}
 
 
+def stories() -> Path | None:
+    """Text that the pretrained checkpoints know and were not trained on, where present."""
+    return _STORIES if _STORIES.is_file() else None
+
+
 def prompt_ids(count: int, vocabulary: int, seed: int = 0) -> list[int]:
     """Random token ids; neither the first nor the last few ids, which may be special."""
     generator = torch.Generator().manual_seed(seed)
@@ -89,6 +97,11 @@ def vocabulary_of(path: Path) -> int:
 def blocks_of(path: Path) -> int:
     """Decoder blocks of a checkpoint."""
     return _config_number(path, "num_hidden_layers")
+
+
+def partition_of(path: Path) -> Partition:
+    """One block at either end, and at least one in the trunk."""
+    return Partition(1, 1 if blocks_of(path) > 2 else 0)
 
 
 def hidden_of(path: Path) -> int:

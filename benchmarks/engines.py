@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
+from benchmarks import checkpoints
 from fedsea.client.generation import TextWriter, continue_sample
 from fedsea.client.llm import LLM
 from fedsea.client.sampling import Sampler, SamplingParams
 from fedsea.model.checkpoint import Checkpoint
-from fedsea.model.partition import Partition
 from fedsea.model.runner import NewRows, SpanRunner
 from fedsea.model.spans import Placement, load_bottom, load_top, load_trunk
 
@@ -97,7 +97,7 @@ class Unsplit:
 
     def __init__(self, model: Path, dtype: str, quantization: str) -> None:
         checkpoint = Checkpoint.open(model)
-        partition = Partition(1, 1)
+        partition = checkpoints.partition_of(model)
         placement = Placement(dtype=DTYPES[dtype], quantization=quantization)
         self._top = load_top(checkpoint, partition.top_span(checkpoint.num_blocks), placement)
         spans = (

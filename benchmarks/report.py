@@ -194,7 +194,7 @@ def format_value(value: float, unit: str) -> str:
     """A number with its unit, as precise as is useful."""
     if unit == "x":
         return f"{value:.2f}x"
-    digits = 0 if value >= 1000 or unit == "B" else 2 if unit in ("ms", "GB") else 1
+    digits = 0 if value >= 1000 or unit == "B" else 2 if unit in ("ms", "GB", "ppl") else 1
     return f"{value:,.{digits}f} {unit}"
 
 

@@ -20,6 +20,7 @@ from benchmarks.cases import (
     memory,
     naive,
     network,
+    quality,
     trunk,
 )
 from benchmarks.measure import Row
@@ -41,7 +42,12 @@ CASES: dict[str, Case] = {
     "naive": naive.rows,
     "traffic": naive.traffic_rows,
 }
-FULL_ONLY: dict[str, Case] = {"network": network.rows, "memory": memory.rows, "gpu": gpu.rows}
+FULL_ONLY: dict[str, Case] = {
+    "quality": quality.rows,
+    "network": network.rows,
+    "memory": memory.rows,
+    "gpu": gpu.rows,
+}
 
 
 @dataclass(slots=True)
