@@ -5,8 +5,10 @@ Sizes of weights and KV rows are exact; activations and the runtime are estimate
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -161,7 +163,39 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    return int(psutil.virtual_memory().available)
+    return min(int(psutil.virtual_memory().available), *_left_in_groups())
+
+
+def _left_in_groups(system: Path = Path("/")) -> Iterator[int]:
+    """What the control groups of this process leave to it, as in a container with a limit.
+
+    Pages of files that can be dropped count as free, as they do for the machine.
+    """
+    yield sys.maxsize
+    root = system / "sys/fs/cgroup"
+    try:
+        own = (system / "proc/self/cgroup").read_text(encoding="ascii")
+    except OSError:
+        return
+    for line in own.splitlines():
+        number, _, path = line.split(":", 2)
+        if number == "0":
+            for group in (root / path.lstrip("/"), *(root / path.lstrip("/")).parents):
+                if group.is_relative_to(root):
+                    yield _left_in_group(group)
+
+
+def _left_in_group(group: Path) -> int:
+    try:
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        stat = (group / "memory.stat").read_text(encoding="ascii").split()
+    except OSError:
+        return sys.maxsize
+    if limit == "max":
+        return sys.maxsize
+    droppable = int(stat[stat.index("inactive_file") + 1]) if "inactive_file" in stat else 0
+    return max(0, int(limit) - used + droppable)
 
 
 def _client(checkpoint: Checkpoint, partition: Partition, dtype: torch.dtype, context: int) -> Side:

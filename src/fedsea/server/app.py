@@ -51,8 +51,7 @@ async def running(config: ServerConfig) -> AsyncIterator[RunningServer]:
     Raises:
         ConfigError, SecurityError, ModelError, BindError: the server cannot start.
     """
-    service = TrunkService.load(config)
-    async with _serving(config, service) as server:
+    async with _serving(config, TrunkService.load(config)) as server:
         yield server
 
 
@@ -68,12 +67,14 @@ def serve(config: ServerConfig, announce: Callable[[str], None] | None = None) -
         ConfigError, SecurityError, ModelError, BindError: the server cannot start.
     """
     configure(config.log)
-    return asyncio.run(_run(config, announce or _print_line))
+    # Outside of the event loop, where an interruption from the keyboard is heard at once.
+    service = TrunkService.load(config)
+    return asyncio.run(_run(config, service, announce or _print_line))
 
 
-async def _run(config: ServerConfig, announce: Callable[[str], None]) -> int:
+async def _run(config: ServerConfig, service: TrunkService, announce: Callable[[str], None]) -> int:
     signals = _Signals()
-    async with running(config) as server:
+    async with _serving(config, service) as server:
         announce(ready_line(server))
         stopped = server.service.engine.stopped
         await _first_of(signals.first.wait(), stopped.wait())

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import torch
 
 from fedsea.errors import ConfigError, OutOfMemory, PartitionError
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.compilation import compile_decode
-from fedsea.model.inspection import check_memory, trunk_weights
+from fedsea.model.inspection import available_memory, check_memory, trunk_weights
 from fedsea.model.partition import Span
 from fedsea.model.projection import Projection
 from fedsea.model.quantization import library_config
@@ -125,7 +124,7 @@ def _trained_context(checkpoint: Checkpoint) -> int:
 def _pool_rows(section: KVSection, blocks: BlockSpan, placement: Placement, context: int) -> int:
     """Rows of the pool, in whole pages."""
     row_bytes = sum(shape.row_elements() for shape in blocks.kv_shapes()) * placement.dtype.itemsize
-    free = _free_memory(placement.device)
+    free = available_memory(placement.device)
     if section.rows is not None:
         rows = section.rows
     elif section.memory is not None:
@@ -139,12 +138,6 @@ def _pool_rows(section: KVSection, blocks: BlockSpan, placement: Placement, cont
             "lower kv.rows or kv.memory, or serve a narrower span"
         )
     return rows
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def _mib(size: int) -> str:

@@ -1,6 +1,7 @@
 """Sizes told in advance are the sizes that loading shows."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import psutil
@@ -16,6 +17,7 @@ from fedsea.errors import (
     RequestError,
     UnsupportedModel,
 )
+from fedsea.model import inspection
 from fedsea.model.bundles import split_checkpoint
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.inspection import (
@@ -191,6 +193,23 @@ class TestMemoryCheck:
         assert available_memory(torch.device("cuda")) == 5
         with pytest.raises(OutOfMemory):
             check_memory(6, "the trunk", torch.device("cuda"))
+
+    def test_limit_of_a_container(self, monkeypatch, tmp_path):
+        """The tightest control group above this process bounds what is available."""
+        inner = tmp_path / "sys/fs/cgroup/pod/box"
+        inner.mkdir(parents=True)
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/self/cgroup").write_text("1:cpu:/old\n0::/pod/box\n")
+        for group, limit in ((inner, "max"), (inner.parent, "5000")):
+            (group / "memory.max").write_text(limit + "\n")
+            (group / "memory.current").write_text("4000\n")
+            (group / "memory.stat").write_text("anon 3000\ninactive_file 700\n")
+
+        assert min(inspection._left_in_groups(tmp_path)) == 1700
+
+    def test_machine_without_groups(self, tmp_path):
+        """Where there are no control groups nothing is taken away."""
+        assert min(inspection._left_in_groups(tmp_path)) == sys.maxsize
 
     def test_this_machine(self):
         """What is available here is a positive number of bytes."""
