@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from fedsea.errors import LocalProtocolError
+from fedsea.errors import AttestationError, LocalProtocolError
 
 LOCAL_TENANT = "local"
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
@@ -72,6 +72,14 @@ class Handler(Protocol):
         ...
 
 
+class Attester(Protocol):
+    """Answers requests for proof of what this server runs; errors travel as those of `Handler`."""
+
+    async def attest(self, peer: Peer, request: bytes) -> bytes:
+        """Answer one request; both are messages of `fedsea.wire.attestation`."""
+        ...
+
+
 class ClientStream(ABC):
     """The client's end of one session stream."""
 
@@ -119,6 +127,15 @@ class Channel(ABC):
     async def close(self) -> None:
         """Cancel all streams and disconnect; safe to repeat."""
 
+    async def pin(self) -> PinnedChannel:
+        """Another channel, which talks to nobody but the holder of the server's present TLS key.
+
+        Raises AttestationError where the transport has no such key, and what `open_stream` raises.
+        """
+        raise AttestationError(
+            "this connection has no TLS key that an attestation could be bound to: use certificates"
+        )
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -129,3 +146,27 @@ class Channel(ABC):
         traceback: TracebackType | None,
     ) -> None:
         await self.close()
+
+
+class PinnedChannel(Channel):
+    """A channel of one connection, to the holder of one TLS key.
+
+    It makes no second connection: once that one is lost, all calls raise ConnectionLost.
+    """
+
+    @property
+    @abstractmethod
+    def key_sha256(self) -> str:
+        """SHA-256 of that key's SubjectPublicKeyInfo, in hex."""
+
+    @property
+    @abstractmethod
+    def is_lost(self) -> bool:
+        """Whether there was a connection and it is gone."""
+
+    @abstractmethod
+    async def attest(self, request: bytes) -> bytes:
+        """Ask the server for proof of what it runs.
+
+        Raises AttestationError when it has none, and what `open_stream` raises.
+        """

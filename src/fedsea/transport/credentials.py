@@ -7,6 +7,7 @@ made for the other role. The tenant is the certificate's URI `fedsea://tenant/<n
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import stat
@@ -116,6 +117,14 @@ def tenant_of(certificate: x509.Certificate) -> str:
 def fingerprint_of(certificate: x509.Certificate) -> str:
     """SHA-256 of the certificate in hex."""
     return certificate.fingerprint(hashes.SHA256()).hex()
+
+
+def key_fingerprint_of(certificate: x509.Certificate) -> str:
+    """SHA-256 of the certificate's SubjectPublicKeyInfo in hex: the key, whatever is said of it."""
+    key = certificate.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return hashlib.sha256(key).hexdigest()
 
 
 def parse_certificates(pem: bytes, path: Path) -> list[x509.Certificate]:

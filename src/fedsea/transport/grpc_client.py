@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 from grpc import aio
 
 from fedsea.errors import (
+    AttestationError,
     Capacity,
+    CertificateError,
     ConfigError,
     ConnectionLost,
     DeadlineExceeded,
@@ -33,23 +37,27 @@ from fedsea.transport.base import (
     MIN_PING_SECONDS,
     Channel,
     ClientStream,
+    PinnedChannel,
     check_size,
 )
 from fedsea.transport.credentials import (
     ClientTLS,
     Plaintext,
+    key_fingerprint_of,
     load_client,
     require_plaintext_allowed,
 )
 from fedsea.transport.endings import Ending, error_of, one_line, read_metadata
-from fedsea.transport.handshake import accepts_tls12, diagnose
+from fedsea.transport.handshake import accepts_tls12, diagnose, server_certificate
 from fedsea.transport.runtime import settle, tls13_enforced
 from fedsea.transport.tokens import token_metadata
 
 DESCRIBE = "/fedsea.v1.Trunk/Describe"
 SESSION = "/fedsea.v1.Trunk/Session"
+ATTEST = "/fedsea.v1.Trunk/Attest"
 
 CLOSED_MESSAGE = "the channel was closed: connect again"
+LOST_MESSAGE = "the connection to the pinned key was lost: pin the key again"
 CANCELLED_MESSAGE = "the stream was cancelled: open a new one"
 
 _Call: TypeAlias = "aio.StreamStreamCall[bytes, bytes]"
@@ -83,13 +91,14 @@ class ClientOptions:
     """Limits of a gRPC channel; times in seconds.
 
     `connect_timeout` bounds connecting, handshake included. `describe_timeout` bounds the answer to
-    `describe`. A silent connection is probed every `keepalive` and dropped after
-    `keepalive_timeout`.
+    `describe`, `attest_timeout` that to `attest`, for which a server may ask others. A silent
+    connection is probed every `keepalive` and dropped after `keepalive_timeout`.
     """
 
     max_message_bytes: int = MAX_MESSAGE_BYTES
     connect_timeout: float = 10.0
     describe_timeout: float = 10.0
+    attest_timeout: float = 60.0
     keepalive: float = 10.0
     keepalive_timeout: float = 5.0
 
@@ -125,16 +134,16 @@ class GrpcChannel(Channel):
         self._attempt: asyncio.Task[aio.Channel] | None = None
 
     async def describe(self) -> bytes:
-        channel = await self._connected()
-        method: _Unary = channel.unary_unary(DESCRIBE)
         try:
-            return await method(
-                b"", metadata=self._metadata, timeout=self._options.describe_timeout
-            )
+            return await self._ask(DESCRIBE, b"", self._options.describe_timeout)
         except aio.AioRpcError as error:
             raise _error_of_rpc(error) from None
-        except aio.UsageError:
-            raise ConnectionLost(CLOSED_MESSAGE) from None
+
+    async def pin(self) -> PinnedChannel:
+        if self._tls is None:
+            return await super().pin()
+        certificate = await self._server_certificate(self._tls)
+        return _PinnedGrpcChannel(self._address, self._tls, self._options, certificate)
 
     async def open_stream(self) -> ClientStream:
         channel = await self._connected()
@@ -152,6 +161,18 @@ class GrpcChannel(Channel):
             self._attempt.cancel()
             await asyncio.wait((self._attempt,))
         await self._disconnect()
+
+    async def _ask(self, method: str, request: bytes, timeout: float) -> bytes:  # noqa: ASYNC109
+        channel = await self._connected()
+        call: _Unary = channel.unary_unary(method)
+        try:
+            return await call(request, metadata=self._metadata, timeout=timeout)
+        except aio.UsageError:
+            raise ConnectionLost(CLOSED_MESSAGE) from None
+
+    async def _server_certificate(self, tls: ClientTLS) -> x509.Certificate:
+        timeout = self._options.connect_timeout
+        return await asyncio.to_thread(server_certificate, self._address, tls, timeout)
 
     async def _disconnect(self) -> None:
         channel, self._channel = self._channel, None
@@ -212,6 +233,66 @@ class GrpcChannel(Channel):
         found = await asyncio.to_thread(diagnose, self._address, self._tls, timeout)
         return found or Unreachable(
             f"{self._address} did not answer as a fedsea server: check the port and try again"
+        )
+
+
+class _PinnedGrpcChannel(GrpcChannel, PinnedChannel):
+    """Trusts one certificate instead of a CA.
+
+    The leaf is the only root, so a chain ends at it or nowhere, and in every handshake of TLS 1.3
+    the server signs with the leaf's key. Its name is verified as always.
+    """
+
+    def __init__(
+        self, address: Address, tls: ClientTLS, options: ClientOptions, leaf: x509.Certificate
+    ) -> None:
+        super().__init__(str(address), tls, options=options)
+        own = load_client(tls)
+        root = leaf.public_bytes(Encoding.PEM)
+        self._client_tls = tls
+        self._key_sha256 = key_fingerprint_of(leaf)
+        self._credentials = grpc.ssl_channel_credentials(root, own.key, own.certificate)
+        self._was_connected = False
+
+    @property
+    def key_sha256(self) -> str:
+        return self._key_sha256
+
+    @property
+    def is_lost(self) -> bool:
+        channel, ready = self._channel, grpc.ChannelConnectivity.READY
+        return self._was_connected and (channel is None or channel.get_state() is not ready)
+
+    async def attest(self, request: bytes) -> bytes:
+        try:
+            return await self._ask(ATTEST, request, self._options.attest_timeout)
+        except aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                raise AttestationError(
+                    f"{self._address} is too old to attest what it runs: its operator must update"
+                ) from None
+            raise _error_of_rpc(error) from None
+
+    async def _connected(self) -> aio.Channel:
+        if self.is_lost:
+            raise ConnectionLost(LOST_MESSAGE)
+        channel = await super()._connected()
+        self._was_connected = True
+        return channel
+
+    async def _why_not_connected(self) -> FedseaError:
+        found = await super()._why_not_connected()
+        if isinstance(found, CertificateError):
+            return found
+        try:
+            leaf = await self._server_certificate(self._client_tls)
+        except FedseaError:
+            return found
+        if key_fingerprint_of(leaf) == self._key_sha256:
+            return found
+        return Unreachable(
+            f"{self._address} shows another TLS key than the one it was to be attested with: "
+            "connect again, and dial each server by an address of its own"
         )
 
 

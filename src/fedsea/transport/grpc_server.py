@@ -19,6 +19,7 @@ from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fedsea.errors import (
+    AttestationError,
     BindError,
     Capacity,
     ConfigError,
@@ -34,6 +35,7 @@ from fedsea.transport.base import (
     LOCAL_TENANT,
     MAX_MESSAGE_BYTES,
     MIN_PING_SECONDS,
+    Attester,
     Handler,
     Peer,
     ServerStream,
@@ -87,6 +89,8 @@ class ServerOptions:
 class GrpcServer:
     """Serves `handler` on `address` (host:port; port 0 takes a free one).
 
+    `attester` answers clients that ask for proof of what runs here.
+
     Raises ConfigError, CertificateError for settings that cannot work, before anything is bound.
     """
 
@@ -97,9 +101,11 @@ class GrpcServer:
         credentials: ServerTLS | Plaintext,
         *,
         tokens: TokenTable | None = None,
+        attester: Attester | None = None,
         options: ServerOptions | None = None,
     ) -> None:
         self._handler = handler
+        self._attester = attester
         self._address = parse_address(address)
         self._options = options or ServerOptions()
         self._tokens = tokens
@@ -181,6 +187,7 @@ class GrpcServer:
             SERVICE,
             {
                 "Describe": grpc.unary_unary_rpc_method_handler(self._describe),
+                "Attest": grpc.unary_unary_rpc_method_handler(self._attest),
                 "Session": grpc.stream_stream_rpc_method_handler(self._session),
             },
         )
@@ -199,6 +206,18 @@ class GrpcServer:
 
     async def _answer(self, context: _Context) -> bytes:
         return await self._handler.describe(self._identify(context))
+
+    async def _attest(self, request: bytes, context: _Context) -> bytes:
+        answer = await outcome(self._proof(request, context))
+        return await _abort(context, answer) if isinstance(answer, Ending) else answer
+
+    async def _proof(self, request: bytes, context: _Context) -> bytes:
+        peer = self._identify(context)
+        if self._attester is None:
+            raise AttestationError(
+                "the server has no proof of what it runs: ask its operator, or another server"
+            )
+        return await self._attester.attest(peer, request)
 
     async def _session(self, _requests: AsyncIterator[bytes], context: _Context) -> None:
         ending = await outcome(self._serve(context))

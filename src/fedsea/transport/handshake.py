@@ -1,8 +1,8 @@
 """Looks at a TLS handshake from outside gRPC, with the standard library.
 
-gRPC reports every failed connection as "unavailable". `diagnose` repeats the connection once and
-says what is wrong; `accepts_tls12` checks that TLS 1.2 is refused. Both block: call them in a
-thread.
+gRPC reports every failed connection as "unavailable", and does not show the server's certificate.
+`diagnose` repeats the connection once and says what is wrong; `server_certificate` fetches the
+certificate; `accepts_tls12` checks that TLS 1.2 is refused. All block: call them in a thread.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import socket
 import ssl
 from contextlib import suppress
+
+from cryptography import x509
 
 from fedsea.errors import CertificateError, FedseaError, SecurityError, Unreachable
 from fedsea.transport.address import Address
@@ -52,16 +54,35 @@ def diagnose(address: Address, tls: ClientTLS | None, timeout: float) -> FedseaE
         return error
 
 
+def server_certificate(address: Address, tls: ClientTLS, timeout: float) -> x509.Certificate:
+    """The certificate whose key a server proved to hold, after its chain and name were verified.
+
+    Raises what is wrong with the connection, as `diagnose` returns it.
+    """
+    with _connect(address, timeout) as raw:
+        found = _shake_hands(address, tls, raw)
+    if isinstance(found, FedseaError):
+        raise found
+    return x509.load_der_x509_certificate(found)
+
+
 def _diagnose_tls(address: Address, tls: ClientTLS, raw: socket.socket) -> FedseaError | None:
+    found = _shake_hands(address, tls, raw)
+    return found if isinstance(found, FedseaError) else None
+
+
+def _shake_hands(address: Address, tls: ClientTLS, raw: socket.socket) -> bytes | FedseaError:
+    """The server's certificate as DER, or what is wrong."""
     context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=tls.ca)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_cert_chain(tls.certificate, tls.key)
     context.set_alpn_protocols(["h2"])
     try:
         with context.wrap_socket(raw, server_hostname=tls.server_name or address.host) as wrapped:
+            certificate = wrapped.getpeercert(binary_form=True)
             # The server's verdict on our certificate arrives after the handshake, instead of
             # the settings that every HTTP/2 server sends first.
-            return None if wrapped.recv(1) else _rejected(address)
+            return certificate if wrapped.recv(1) and certificate else _rejected(address)
     except ssl.SSLCertVerificationError as error:
         return _unverified(address, tls, error)
     except ssl.SSLError as error:

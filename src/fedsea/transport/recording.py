@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from fedsea.errors import ConfigError
-from fedsea.transport.base import Channel, ClientStream
+from fedsea.transport.base import Channel, ClientStream, PinnedChannel
 
 DEFAULT_KEPT = 1024
 
@@ -91,6 +91,26 @@ class RecordingChannel(Channel):
 
     async def close(self) -> None:
         await self._channel.close()
+
+    async def pin(self) -> PinnedChannel:
+        return _RecordingPinned(await self._channel.pin(), self._observer)
+
+
+class _RecordingPinned(RecordingChannel, PinnedChannel):
+    def __init__(self, channel: PinnedChannel, observer: Observer) -> None:
+        super().__init__(channel, observer)
+        self._pinned = channel
+
+    @property
+    def key_sha256(self) -> str:
+        return self._pinned.key_sha256
+
+    @property
+    def is_lost(self) -> bool:
+        return self._pinned.is_lost
+
+    async def attest(self, request: bytes) -> bytes:
+        return await self._pinned.attest(request)
 
 
 class _RecordingStream(ClientStream):
