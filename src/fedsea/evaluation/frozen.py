@@ -1,0 +1,71 @@
+"""A whole model in one process, cut like a split one, for training what stands at the cuts.
+
+Weights are frozen and fp32; gradients flow through the trunk and the top to what they are given.
+Only the parts that are used are loaded.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fedsea.model.attention import RaggedBatch
+from fedsea.model.checkpoint import Checkpoint
+from fedsea.model.partition import Partition
+from fedsea.model.spans import BlockSpan, Placement, Top, load_bottom, load_top, load_trunk
+
+_PLACEMENT = Placement()
+
+
+class FrozenModel:
+    """Bottom, trunk and top of one checkpoint, over windows of B texts with T tokens each.
+
+    Raises:
+        PartitionError: bottom and top leave no trunk.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, partition: Partition) -> None:
+        partition.trunk_span(checkpoint.num_blocks)
+        self.checkpoint, self.partition = checkpoint, partition
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the checkpoint."""
+        return self.checkpoint.fingerprint()
+
+    @cached_property
+    def bottom(self) -> BlockSpan:
+        """Embedding and first blocks."""
+        return load_bottom(self.checkpoint, self.partition.bottom_span(), _PLACEMENT)
+
+    @cached_property
+    def trunk(self) -> BlockSpan:
+        """Middle blocks."""
+        span = self.partition.trunk_span(self.checkpoint.num_blocks)
+        return load_trunk(self.checkpoint, span, _PLACEMENT)
+
+    @cached_property
+    def top(self) -> Top:
+        """Last blocks, norm and head."""
+        span = self.partition.top_span(self.checkpoint.num_blocks)
+        return load_top(self.checkpoint, span, _PLACEMENT)
+
+    @torch.no_grad()
+    def rows(self, windows: Tensor) -> Tensor:
+        """Token ids (B, T) to rows at the first cut (B, T, hidden)."""
+        return self.bottom.run(windows.flatten(), _whole(windows)).view(*windows.shape, -1)
+
+    def outputs(self, rows: Tensor) -> Tensor:
+        """Rows at the first cut to rows at the second, (B, T, hidden)."""
+        return self.trunk.run(rows.flatten(0, 1), _whole(rows)).view(rows.shape)
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """Rows at the second cut to logits (B, T, vocabulary)."""
+        flat, keep = outputs.flatten(0, 1), torch.arange(outputs.shape[0] * outputs.shape[1])
+        return self.top.run(flat, _whole(outputs), keep).view(*outputs.shape[:2], -1)
+
+
+def _whole(windows: Tensor) -> RaggedBatch:
+    return RaggedBatch.whole([windows.shape[1]] * windows.shape[0], windows.device)
