@@ -118,6 +118,8 @@ def _for_toml(text: str) -> str:
 def _value(hint: Any) -> str:
     if hint == tuple[Path, ...]:
         return "list of paths"
+    if hint == tuple[str, ...]:
+        return "list of texts"
     kinds = [kind for kind in get_args(hint) if kind is not NoneType] or [hint]
     return _TYPES[kinds[0]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tomllib
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -180,6 +181,14 @@ class SettingOptions:
             rich_help_panel=_SECURITY,
         ),
     ] = None
+    attestation_command: Annotated[
+        str | None,
+        typer.Option(
+            help="Program that prints a token for NONCE and KEY_SHA256, its last arguments.",
+            show_default=False,
+            rich_help_panel=_SECURITY,
+        ),
+    ] = None
 
 
 # Options whose name is not that of their key, and all whose section is not [server].
@@ -200,6 +209,7 @@ _KEYS = {
     "cert": ("security", "certificate"),
     "key": ("security", "key"),
     "tokens": ("security", "tokens"),
+    "attestation_command": ("attestation", "command"),
 }
 
 
@@ -257,7 +267,8 @@ def serve(
         value = getattr(settings, entry_.name)
         if value is not None:
             section, key = _KEYS.get(entry_.name, ("server", entry_.name))
-            overrides.setdefault(section, {})[key] = _plain(value)
+            words = entry_.name == "attestation_command"
+            overrides.setdefault(section, {})[key] = _words(value) if words else _plain(value)
     raise typer.Exit(_serve(_load(config, overrides)))
 
 
@@ -309,3 +320,11 @@ def _files(folder: Path) -> dict[str, Path]:
 
 def _plain(value: Any) -> Any:
     return value.value if isinstance(value, StrEnum) else value
+
+
+def _words(command: str) -> list[str]:
+    """A command line taken apart as a shell would, which never sees it."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        raise ConfigError("--attestation-command has an open quotation: close it") from None

@@ -11,12 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedsea.errors import ConfigError
+from fedsea.server.attestation import TokenCommand
 from fedsea.server.config import SecuritySection, ServerConfig
 from fedsea.server.logs import configure, get_logger
 from fedsea.server.metrics import MetricsServer
 from fedsea.server.service import SHORT_FINGERPRINT, TrunkService
 from fedsea.transport.address import Address
-from fedsea.transport.credentials import Plaintext, ServerTLS
+from fedsea.transport.credentials import (
+    Plaintext,
+    ServerTLS,
+    key_fingerprint_of,
+    parse_certificates,
+    read,
+)
 from fedsea.transport.grpc_server import GrpcServer, ServerOptions
 from fedsea.transport.tokens import load_tokens
 
@@ -126,11 +133,31 @@ def _grpc_server(config: ServerConfig, service: TrunkService) -> GrpcServer:
         config.server.address,
         _credentials(config.security),
         tokens=None if tokens is None else load_tokens(tokens),
+        attester=_attester(config),
         options=ServerOptions(
             max_message_bytes=config.limits.max_message_bytes,
             max_streams=config.server.max_sessions + SPARE_STREAMS,
         ),
     )
+
+
+def _attester(config: ServerConfig) -> TokenCommand | None:
+    if not config.attestation.command:
+        return None
+    return TokenCommand(config.attestation, _key_sha256(config))
+
+
+def _key_sha256(config: ServerConfig) -> str:
+    """The TLS key that clients see."""
+    named, path = config.attestation.key_sha256, config.security.certificate
+    if named is not None:
+        return named
+    if path is None:
+        raise ConfigError(
+            "attestation.command needs a TLS key to attest: configure certificates, "
+            "or name the key in attestation.key_sha256"
+        )
+    return key_fingerprint_of(parse_certificates(read(path, "server certificate"), path)[0])
 
 
 def _credentials(section: SecuritySection) -> ServerTLS | Plaintext:

@@ -28,6 +28,7 @@ MIN_ROWS = 16
 LOG_FORMATS = ("console", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _BYTES = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?)?B?")
 _FACTORS = {None: 1} | {
     prefix + binary: (1024 if binary else 1000) ** power
@@ -36,6 +37,7 @@ _FACTORS = {None: 1} | {
 }
 
 _PATHS = tuple[Path, ...]
+_TEXTS = tuple[str, ...]
 _S = TypeVar("_S")
 _Table = Mapping[str, Any]
 
@@ -203,6 +205,39 @@ class SecuritySection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AttestationSection:
+    """How clients that ask for it get proof of what this server runs.
+
+    Attributes:
+        command: a program and its arguments, run without a shell for each request. It gets two more
+            arguments, a nonce and the SHA-256 of this server's TLS key, both in hex, and prints a
+            signed token (a JWT) that holds both. Empty for no proof.
+        timeout_s: how long the command may take.
+        requests_per_second: of one tenant, averaged over a second; more are refused for now.
+        key_sha256: names another TLS key, where a proxy within the same measured machine ends TLS;
+            None for the key of `security.certificate`.
+    """
+
+    command: tuple[str, ...] = ()
+    timeout_s: float = 30.0
+    requests_per_second: float = 2.0
+    key_sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        _need(
+            not self.command or bool(self.command[0]),
+            "attestation.command names no program; give its path first",
+        )
+        for name in ("timeout_s", "requests_per_second"):
+            value = getattr(self, name)
+            _need(value > 0, f"attestation.{name} is {value}; give a positive number")
+        _need(
+            self.key_sha256 is None or _SHA256.fullmatch(self.key_sha256) is not None,
+            "attestation.key_sha256 is no SHA-256; write 64 lower-case hex digits",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LimitsSection:
     """Caps on what one message and one session may hold; see `fedsea.wire.limits`."""
 
@@ -245,6 +280,7 @@ class ServerConfig:
     scheduler: SchedulerSection = field(default_factory=SchedulerSection)
     quotas: QuotasSection = field(default_factory=QuotasSection)
     security: SecuritySection = field(default_factory=SecuritySection)
+    attestation: AttestationSection = field(default_factory=AttestationSection)
     limits: LimitsSection = field(default_factory=LimitsSection)
     metrics: MetricsSection = field(default_factory=MetricsSection)
     log: LogSection = field(default_factory=LogSection)
@@ -378,6 +414,8 @@ def _accepted(hint: Any) -> tuple[Any, ...]:
 def _value(key: str, hint: Any, value: Any) -> Any:
     if hint == _PATHS:
         return _paths(key, value)
+    if hint == _TEXTS:
+        return _texts(key, value)
     accepted = _accepted(hint)
     if Path in accepted and isinstance(value, str | Path):
         return Path(value)
@@ -395,6 +433,12 @@ def _paths(key: str, value: Any) -> tuple[Path, ...]:
     ):
         raise ConfigError(f'{key} is no list of paths; write one, as in ["a.safetensors"]')
     return tuple(Path(item) for item in value)
+
+
+def _texts(key: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise ConfigError(f'{key} is no list of texts; write one, as in ["program", "argument"]')
+    return tuple(value)
 
 
 def _need(fulfilled: bool, message: str) -> None:
