@@ -426,9 +426,13 @@ def test_what_cannot_be_written_is_not_granted(ledger):
         account.reserve(1)
     ledger._db.execute("PRAGMA query_only = OFF")
     ledger._db.execute("PRAGMA max_page_count = 1")
-    with pytest.raises(LedgerError, match="free disk space"):
+
+    def fill():
         for record in range(1000):
             ledger.account("acme", Unit.RECORD, ONE, f"a long name of a record {record}")
+
+    with pytest.raises(LedgerError, match="free disk space"):
+        fill()
     ledger._db.execute("PRAGMA max_page_count = 100000")
     assert account.statement().releases == 0
     assert account.reserve(1).releases == 1
