@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fedsea.client.protection import Spent
+from fedsea.client.remote import Traffic
 from fedsea.client.sampling import FinishReason, Sampler, SamplingParams
 from fedsea.client.split import Progress, SplitSession
 from fedsea.client.text import IncrementalDecoder, StopStrings, decode
@@ -44,6 +46,8 @@ class Timing:
 class Completion:
     """The answers to one prompt; `text`, `token_ids` and `finish_reason` are the first one's.
 
+    `traffic` is what crossed the wire in the session meanwhile, and `spent` what was charged to the
+    ledger for it, None in the mode plain; requests that are answered together share both.
     `substituted` says how many spans of which kind placeholders stood for in the prompts so far.
     """
 
@@ -51,6 +55,8 @@ class Completion:
     prompt_tokens: int
     timing: Timing
     substituted: Mapping[str, int] = field(default_factory=dict)
+    traffic: Traffic = field(default_factory=Traffic)
+    spent: Spent | None = None
 
     @property
     def text(self) -> str:
@@ -167,7 +173,7 @@ async def complete(
 
     Samples after the first share the prompt's rows everywhere.
     """
-    began = time.perf_counter()
+    began, meter = time.perf_counter(), Meter(session)
     first_sequence = session.begin(request.capacity)
     samplers = [
         Sampler(request.params, request.ids, eos_ids, index=index)
@@ -198,7 +204,31 @@ async def complete(
     for sequence in sequences:
         session.drop(sequence)
     timing = Timing(first_token, time.perf_counter() - began)
-    return Completion(tuple(samples), len(request.ids), timing, counts_of(request.substitution))
+    return Completion(
+        tuple(samples),
+        len(request.ids),
+        timing,
+        counts_of(request.substitution),
+        meter.traffic(),
+        meter.spent(),
+    )
+
+
+class Meter:
+    """What a session sends, gets and is charged from now on."""
+
+    def __init__(self, session: SplitSession) -> None:
+        self._session = session
+        self._traffic = replace(session.traffic)
+        self._charged = session.charged
+
+    def traffic(self) -> Traffic:
+        """What crossed the wire so far."""
+        return self._session.traffic.since(self._traffic)
+
+    def spent(self) -> Spent | None:
+        """What was charged so far; None in the mode plain."""
+        return self._session.spent(self._session.charged - self._charged)
 
 
 def restorer_of(substitution: Substitution | None) -> Restorer | None:

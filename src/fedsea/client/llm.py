@@ -19,6 +19,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from fedsea.client.background import Background, Pending
 from fedsea.client.generation import Completion, Request, complete
 from fedsea.client.local import LocalParts
+from fedsea.client.protection import PLAIN, Cut, Mode, Protection, ReleasePolicy
 from fedsea.client.releases import DEFAULT_MEMORY, ReleaseStore
 from fedsea.client.remote import Patience, Tell
 from fedsea.client.sampling import SamplingParams
@@ -26,14 +27,22 @@ from fedsea.client.servers import Endpoint, Expectation
 from fedsea.client.split import Progress, SplitModel
 from fedsea.client.streams import Feed, Stream
 from fedsea.client.together import together
-from fedsea.errors import CheckpointError, ConfigError, FedseaError, RequestError, TransportError
+from fedsea.errors import (
+    CheckpointError,
+    ConfigError,
+    FedseaError,
+    LedgerError,
+    RequestError,
+    TransportError,
+)
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.inspection import check_memory, client_weights
 from fedsea.model.partition import Partition
+from fedsea.model.quantization import library_config
 from fedsea.model.spans import Placement
-from fedsea.transport.base import Channel
 from fedsea.privacy.placeholders.config import Placeholders
 from fedsea.privacy.placeholders.substitution import Substitution
+from fedsea.transport.base import Channel
 from fedsea.transport.credentials import ClientTLS, Plaintext
 from fedsea.transport.grpc_client import GrpcChannel
 from fedsea.wire.codecs import VALUE_CODECS, Codec, RowFormat
@@ -65,11 +74,11 @@ class LLM:
         split: SplitModel,
         tokenizer: PreTrainedTokenizerBase,
         background: Background,
-    ) -> None:
         placeholders: Placeholders | None = None,
+    ) -> None:
         self._checkpoint = checkpoint
-        self._split = split
         self._placeholders = placeholders
+        self._split = split
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids(checkpoint)
         self._background = background
@@ -92,8 +101,9 @@ class LLM:
         release_memory: int = DEFAULT_MEMORY,
         patience: Patience | None = None,
         on_notice: Tell | None = None,
-        revision: str | None = None,
         placeholders: Placeholders | None = None,
+        privacy: Protection | None = None,
+        revision: str | None = None,
     ) -> LLM:
         """Load bottom and top, find a server, and check that it serves the same model.
 
@@ -106,18 +116,21 @@ class LLM:
             dtype: "fp32", "bf16", "fp16", or "auto" for that of the checkpoint.
             device: where bottom and top run.
             codec: how rows travel: "fp32", "bf16", "fp16", "int8", or "auto" for the dtype's.
-            quantization: weight format of bottom and top: "none" or "int8".
+            quantization: weight format of bottom and top: "none", "int8" or "nf4".
             compile: let torch compile the decoding steps here; takes a C++ compiler and a minute.
             kv_rows: rows of context that all requests of this process share.
             release_memory: bytes of releases kept in memory; more go to a temporary file.
             patience: how long to wait for places, answers and absent servers.
             on_notice: called with one line when the connection breaks or comes back.
-            revision: of a hub id.
             placeholders: which sensitive spans of prompts are replaced before they are tokenized,
                 and put back into answers.
+            privacy: the mechanism that rows go through before they leave, and the ledger that
+                counts; None sends rows as they are, in the mode plain.
+            revision: of a hub id.
 
         Raises:
             CheckpointError, UnsupportedModel, PartitionError, ConfigError: local trouble.
+            LedgerError: the ledger cannot be used.
             Unreachable, FingerprintMismatch, SecurityError: trouble with the server.
         """
         checkpoint = Checkpoint.open(model, revision)
@@ -133,12 +146,17 @@ class LLM:
             placement.device,
         )
         parts = LocalParts.load(checkpoint, chosen, placement, kv_rows, compile)
+        policy, up = None, RowFormat(row_codec, checkpoint.hidden_size)
+        if privacy is not None:
+            policy = privacy.applied(_cut(checkpoint, chosen), row_codec, tokenizer)
+            up = policy.rows
         expectation = Expectation(
             model=checkpoint.name,
             fingerprint=checkpoint.fingerprint(),
             hidden_size=checkpoint.hidden_size,
             trunk=trunk,
-            codecs=(row_codec, row_codec),
+            codecs=(up.codec, row_codec),
+            projection="" if policy is None else policy.projection_name,
         )
         background = Background("fedsea-client")
         waits = patience or Patience()
@@ -146,6 +164,8 @@ class LLM:
             description = background.run(_first_description(endpoints, expectation))
         except FedseaError:
             background.stop(_close_all(endpoints))
+            if policy is not None:
+                policy.close()
             raise
         split = SplitModel(
             parts=parts,
@@ -155,10 +175,13 @@ class LLM:
             store=ReleaseStore(release_memory),
             patience=waits,
             tell=on_notice or logger.warning,
-            up=RowFormat(row_codec, checkpoint.hidden_size),
+            up=up,
             down=RowFormat(row_codec, checkpoint.hidden_size),
+            policy=policy,
         )
-        return cls(checkpoint, split, tokenizer, background, placeholders)
+        connected = cls(checkpoint, split, tokenizer, background, placeholders)
+        logger.info("connected to %s: %s", description.model, connected.describe_mode())
+        return connected
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -181,11 +204,39 @@ class LLM:
         return self._tokenizer
 
     @property
-    @property
     def placeholders(self) -> Placeholders | None:
         """What is replaced in prompts, if anything is."""
         return self._placeholders
 
+    @property
+    def privacy(self) -> ReleasePolicy | None:
+        """The rules by which rows leave; None in the mode plain."""
+        return self._split.policy
+
+    @property
+    def mode(self) -> Mode:
+        """What protects the text from whoever runs the trunk."""
+        return Mode.PLAIN if self._split.policy is None else Mode.NOISY
+
+    def describe_mode(self) -> str:
+        """The mode, and in numbers what it guarantees, in one line for people.
+
+        Raises:
+            LedgerError: the ledger cannot be read.
+        """
+        policy = self._split.policy
+        return f"mode {self.mode}: {PLAIN if policy is None else policy.describe()}"
+
+    def __repr__(self) -> str:
+        about = self._split.description
+        blocks = f"{about.num_blocks} blocks, {self._split.expectation.trunk} at the server"
+        try:
+            mode = self.describe_mode()
+        except LedgerError as error:
+            mode = f"mode {self.mode}: {error}"
+        return f"<LLM {self._checkpoint.name}, {blocks}; {mode}>"
+
+    @property
     def eos_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
         return self._eos_ids
@@ -299,7 +350,6 @@ class LLM:
     ) -> None:
         self.close()
 
-    async def _answer(self, requests: Sequence[Request]) -> list[Completion]:
     def _request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
         substitution = self.new_substitution()
         ids = self.encode(substituted(prompt, substitution))
@@ -309,6 +359,7 @@ class LLM:
         """A mapping of placeholders for one prompt, session or chat; None when none are used."""
         return None if self._placeholders is None else self._placeholders.session()
 
+    async def _answer(self, requests: Sequence[Request]) -> list[Completion]:
         capacities = [r.capacity for r in requests for _ in range(r.params.n)]
         session = await self._split.open(capacities)
         try:
@@ -357,7 +408,6 @@ def streamed(
     return Stream(feed, summary, cancel)
 
 
-def eos_ids(checkpoint: Checkpoint) -> frozenset[int]:
 def substituted(
     prompt: str | Sequence[int], substitution: Substitution | None
 ) -> str | Sequence[int]:
@@ -373,6 +423,7 @@ def substituted(
     return substitution.substitute(prompt)
 
 
+def eos_ids(checkpoint: Checkpoint) -> frozenset[int]:
     """Ids that end a text, from the generation configuration or the model's."""
     declared = getattr(checkpoint.config, "eos_token_id", None)
     if (checkpoint.folder / GENERATION_CONFIG_NAME).exists():
@@ -406,9 +457,12 @@ def _placement(checkpoint: Checkpoint, dtype: str, device: str, quantization: st
         target = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"device {device!r} is not known; use cpu, cuda or mps") from error
-    if quantization not in ("none", "int8"):
-        raise ConfigError(f"quantization {quantization!r} is not known; use none or int8")
+    library_config(quantization, target, chosen)  # refuses what cannot be made
     return Placement(device=target, dtype=chosen, quantization=quantization)
+
+
+def _cut(checkpoint: Checkpoint, partition: Partition) -> Cut:
+    return Cut(checkpoint.fingerprint(), checkpoint.hidden_size, partition.bottom, partition.top)
 
 
 def _codec(name: str, dtype: torch.dtype) -> Codec:

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -123,6 +123,11 @@ class Traffic:
     rows_up: int = 0
     rows_down: int = 0
     compute_us: int = 0
+
+    def since(self, earlier: Traffic) -> Traffic:
+        """What was added to an earlier state of the same figures."""
+        names = (entry.name for entry in fields(self))
+        return Traffic(*(getattr(self, name) - getattr(earlier, name) for name in names))
 
 
 @dataclass(slots=True)

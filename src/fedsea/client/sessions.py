@@ -14,6 +14,7 @@ import torch
 
 from fedsea.client.generation import (
     Completion,
+    Meter,
     OnText,
     Sample,
     TextWriter,
@@ -249,7 +250,7 @@ class Session:
         on_text: OnText | None,
         progress: Progress | None,
     ) -> Completion:
-        began = time.perf_counter()
+        began, meter = time.perf_counter(), Meter(self._split)
         await self._resume()
         needed = self.position + len(ids) + params.max_new_tokens
         if needed > self._max_tokens:
@@ -279,7 +280,14 @@ class Session:
         finally:
             self._ids.extend(sampler.generated)
         timing = Timing(first_token, time.perf_counter() - began)
-        return Completion((sample,), len(ids), timing, counts_of(self._substitution))
+        return Completion(
+            (sample,),
+            len(ids),
+            timing,
+            counts_of(self._substitution),
+            meter.traffic(),
+            meter.spent(),
+        )
 
     @property
     def _fed(self) -> int:

@@ -11,17 +11,20 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from fedsea.client.local import BottomJob, LocalParts, TopJob, TopResult
+from fedsea.client.protection import ReleasePolicy, Spent
+from fedsea.client.protector import Protector
 from fedsea.client.releases import ReleaseStore
 from fedsea.client.remote import Patience, RemoteTrunk, SessionPlan, Tell, Traffic
 from fedsea.client.sampling import Sampler
 from fedsea.client.servers import Endpoint, Expectation
-from fedsea.errors import PromptTooLong
+from fedsea.errors import LocalProtocolError, PrivacyError, PromptTooLong
 from fedsea.wire.codecs import RowFormat
 from fedsea.wire.messages import Description, Want
 
@@ -36,7 +39,8 @@ Progress = Callable[[int, int], None]
 class SplitModel:
     """The client's parts, the servers, and how they talk.
 
-    The trunk's `description` is that of the first server that answered.
+    The trunk's `description` is that of the first server that answered. Without a `policy` rows
+    leave as they are.
     """
 
     parts: LocalParts
@@ -48,6 +52,8 @@ class SplitModel:
     tell: Tell
     up: RowFormat
     down: RowFormat
+    policy: ReleasePolicy | None = None
+    protectors: WeakSet[Protector] = field(default_factory=WeakSet, repr=False)
 
     async def open(self, capacities: Sequence[int]) -> SplitSession:
         """Open a session that can hold sequences of the given capacities in rows.
@@ -78,13 +84,24 @@ class SplitModel:
         except BaseException:
             self.parts.close(accounts)
             raise
-        return SplitSession(self.parts, trunk, accounts)
+        return SplitSession(self.parts, trunk, accounts, self._new_protector())
 
     async def close(self) -> None:
         """Disconnect from all servers."""
         for endpoint in self.endpoints:
             await endpoint.close()
         self.store.close()
+        if self.policy is not None:
+            for protector in tuple(self.protectors):
+                protector.close()
+            self.policy.close()
+
+    def _new_protector(self) -> Protector | None:
+        if self.policy is None:
+            return None
+        protector = Protector(self.policy, self.store)
+        self.protectors.add(protector)
+        return protector
 
 
 class SplitSession:
@@ -93,10 +110,17 @@ class SplitSession:
     Calls for one sequence come one at a time; calls for different sequences run together.
     """
 
-    def __init__(self, parts: LocalParts, trunk: RemoteTrunk, accounts: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        parts: LocalParts,
+        trunk: RemoteTrunk,
+        accounts: tuple[int, int],
+        protector: Protector | None = None,
+    ) -> None:
         self._parts = parts
         self._trunk = trunk
         self._accounts = accounts
+        self._protector = protector
         self._numbers = itertools.count()
         self._closed = False
 
@@ -110,12 +134,23 @@ class SplitSession:
         """The server in use."""
         return self._trunk.address
 
+    @property
+    def charged(self) -> int:
+        """Releases that were charged to the ledger for rows of this session."""
+        return 0 if self._protector is None else self._protector.charged
+
+    def spent(self, releases: int) -> Spent | None:
+        """What so many charged releases amount to; None without a mechanism."""
+        return None if self._protector is None else self._protector.policy.spent(releases)
+
     def begin(self, capacity: int) -> int:
         """A new, empty sequence."""
         sequence = next(self._numbers)
         for pool, account in zip(self._parts.pools, self._accounts, strict=True):
             pool.begin(account, sequence, capacity)
         self._trunk.begin(sequence, capacity)
+        if self._protector is not None:
+            self._protector.begin(sequence)
         return sequence
 
     def fork(self, source: int, length: int, capacity: int) -> int:
@@ -124,6 +159,8 @@ class SplitSession:
         for runner_pool, account in zip(self._parts.pools, self._accounts, strict=True):
             runner_pool.fork(account, source, target, length, capacity)
         self._trunk.fork(source, target, length, capacity)
+        if self._protector is not None:
+            self._protector.fork(source, target, length)
         return target
 
     def rollback(self, sequence: int, length: int) -> None:
@@ -132,12 +169,16 @@ class SplitSession:
             held = pool.sequence(account, sequence).length
             pool.rollback(account, sequence, min(length, held))
         self._trunk.rollback(sequence, length)
+        if self._protector is not None:
+            self._protector.rollback(sequence, length)
 
     def drop(self, sequence: int) -> None:
         """Forget a sequence."""
         for pool, account in zip(self._parts.pools, self._accounts, strict=True):
             pool.drop(account, sequence)
         self._trunk.drop(sequence)
+        if self._protector is not None:
+            self._protector.drop(sequence)
 
     def length(self, sequence: int) -> int:
         """Rows released for a sequence."""
@@ -168,7 +209,14 @@ class SplitSession:
 
         Returns:
             Logits (keep, vocabulary) and the token.
+
+        Raises:
+            PrivacyError: rows may not leave; a prompt that does not fit the budget is refused
+                before any of it is sent. The session can be used on.
+            FedseaError: what ended the session.
         """
+        if self._protector is not None:
+            self._protector.reserve_ahead(sequence, ids.tolist(), PREFILL_CHUNK)
         if len(ids) == 1 and keep == 1:
             return await self._step(sequence, ids, sampler)
         chunks = deque(ids.split(PREFILL_CHUNK))
@@ -181,7 +229,7 @@ class SplitSession:
                 rows = await self._parts.run_bottom(BottomJob(self._accounts[0], sequence, chunk))
                 unsent -= len(chunk)
                 want = self._want(keep_any=unsent < keep)
-                coming.append((len(chunk), self._trunk.append(sequence, rows, want)))
+                coming.append((len(chunk), self._release(sequence, chunk, rows, want)))
             count, arrival = coming.popleft()
             unread -= count
             last = unread == 0
@@ -200,13 +248,32 @@ class SplitSession:
     async def _step(self, sequence: int, ids: Tensor, sampler: Sampler | None) -> TopResult:
         """One token of a sequence, in step with the other sequences of this process."""
         rows = await self._parts.run_bottom(BottomJob(self._accounts[0], sequence, ids))
-        arrival = self._trunk.append(sequence, rows, Want.LAST)
+        arrival = self._release(sequence, ids, rows, Want.LAST)
         key = self._parts.lockstep.send()
         try:
             back = await arrival
         finally:
             self._parts.lockstep.back(key)
         return await self._finish(sequence, back, 1, 1, sampler)
+
+    def _release(
+        self, sequence: int, ids: Tensor, rows: Tensor, want: Want
+    ) -> asyncio.Future[Tensor]:
+        """Send the rows of some tokens as the policy lets them leave, or as they are."""
+        if self._protector is None:
+            return self._trunk.append(sequence, rows, want)
+        try:
+            data = self._protector.release(sequence, ids.tolist(), rows)
+        except (PrivacyError, LocalProtocolError):
+            self._forget_unreleased(sequence)
+            raise
+        return self._trunk.send(sequence, data, len(ids), want)
+
+    def _forget_unreleased(self, sequence: int) -> None:
+        """Rows of the bottom that were not released are made anew when they are fed again."""
+        bottom, released = self._parts.bottom.pool, self.length(sequence)
+        if bottom.sequence(self._accounts[0], sequence).length > released:
+            bottom.rollback(self._accounts[0], sequence, released)
 
     def _want(self, *, keep_any: bool) -> Want:
         """The top reads every row; without blocks there it needs only those that give logits."""
@@ -217,6 +284,8 @@ class SplitSession:
     async def _finish(
         self, sequence: int, rows: Tensor, count: int, keep: int, sampler: Sampler | None
     ) -> TopResult:
+        if self._protector is not None:
+            rows = self._protector.restore(sequence, count, rows)
         job = TopJob(self._accounts[1], sequence, count, rows, keep, sampler)
         return await self._parts.run_top(job)
 
@@ -227,12 +296,12 @@ class SplitSession:
         were not released are made anew, rows that did not come back are asked for again.
         """
         await self._trunk.resume()
-        bottom, top = self._parts.pools
+        self._forget_unreleased(sequence)
         released = self.length(sequence)
-        if bottom.sequence(self._accounts[0], sequence).length > released:
-            bottom.rollback(self._accounts[0], sequence, released)
-        finished = top.sequence(self._accounts[1], sequence).length
+        finished = self._parts.top_runner.pool.sequence(self._accounts[1], sequence).length
         if finished < released:
+            if self._protector is not None:
+                self._protector.rewind(sequence, finished)
             rows = await self._trunk.ask_again(sequence, finished)
             await self._finish(sequence, rows, released - finished, 0, None)
 
@@ -241,8 +310,12 @@ class SplitSession:
         if self._closed:
             return
         self._closed = True
-        await self._trunk.close()
-        self._parts.close(self._accounts)
+        try:
+            await self._trunk.close()
+        finally:
+            self._parts.close(self._accounts)
+            if self._protector is not None:
+                self._protector.close()
 
 
 def _whole(rows: int, page: int) -> int:
