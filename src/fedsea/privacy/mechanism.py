@@ -96,9 +96,17 @@ class Mechanism(ABC):
         """The numbers the server computes with, fp32: counts become A (2 K / u - 1)."""
         if self.levels == 0:
             return released.to(torch.float32)
-        return ((released.to(torch.float64) * (2.0 / self.levels) - 1.0) * self.scale).to(
-            torch.float32
-        )
+        # In the order of operations of the wire codec, so that both give the very same numbers.
+        shares = 2.0 * released.to(torch.float64) / self.levels - 1.0
+        return (self.scale * shares).to(torch.float32)
+
+    def _fits(self, rows: Tensor, width: int) -> None:
+        """Refuse rows of another width than the mechanism was made for."""
+        if rows.shape[1] != width:
+            raise ConfigError(
+                f"rows of width {rows.shape[1]} do not fit mechanism {self.name}, "
+                f"made for width {width}"
+            )
 
     @abstractmethod
     def parameters(self) -> dict[str, str]:
@@ -128,3 +136,14 @@ def positive(name: str, value: float) -> None:
     """
     if not (math.isfinite(value) and value > 0):
         raise ConfigError(f"{name}={value}; it must be a positive number")
+
+
+def checked_width(width: int) -> int:
+    """A number of coordinates.
+
+    Raises:
+        ConfigError: it is not positive.
+    """
+    if width < 1:
+        raise ConfigError(f"width={width}; it must be 1 or more")
+    return width
