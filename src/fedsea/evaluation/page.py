@@ -26,6 +26,7 @@ from fedsea.redteam.report import (
     percent,
     perplexity_text,
 )
+from fedsea.redteam.report import markdown as table_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,6 +87,38 @@ def page(rows: Sequence[Row], about: About) -> str:
         _LIMITS,
     ]
     return _PAGE.format(style=_STYLE, body="\n".join(body))
+
+
+def markdown(rows: Sequence[Row], about: About) -> str:
+    """Verdicts and all rows for a repository."""
+    lines = [
+        f"# Red team, {about.date}",
+        "",
+        f"fedsea {about.version}, text {about.text}. Command:",
+        "",
+        f"```\n{about.command}\n```",
+        "",
+        *(f"* {fact}" for fact in about.method),
+        "",
+        "## Verdicts",
+        "",
+        *(
+            f"* {verdict.cut_text(row)}: **the attacks failed their own check**, R1 recovers "
+            f"{percent(row.recovery)} without protection"
+            for row in verdict.floor(rows)
+        ),
+        *(
+            f"* **{found.name}** ({_WORDS[_kind(found)]}): {found.sentence}"
+            for found in (*verdict.fedsea_scale(rows), *verdict.mechanisms(rows))
+        ),
+        "",
+        "## All attacks",
+        "",
+        "Noise is in units of the signal. The interval is Clopper and Pearson's of 95 %. `prior` is "
+        "the guess without any observation, `clean` the same attack without protection.",
+        "",
+    ]
+    return "\n".join(lines) + table_of(rows)
 
 
 def _heading(about: About) -> str:

@@ -12,15 +12,18 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from fedsea.client.llm import LLM
-from fedsea.errors import RequestError
+from fedsea.client.protection import Protection
+from fedsea.errors import FedseaError
 from fedsea.model.partition import Partition
+from fedsea.privacy.mechanism import Mechanism, Unit
 from fedsea.server import loading
 from fedsea.server.config import ServerConfig
 from fedsea.server.service import TrunkService
@@ -55,7 +58,8 @@ class Victim:
         model: folder of a checkpoint.
         partition: what stays with the client.
         trunk: a loaded trunk of the same checkpoint; loaded here when it is not given.
-        options: further arguments of `LLM.connect`, such as `privacy`.
+        mechanism: what protects the rows; None for mode plain.
+        public_prefix: ids with which every text begins; their rows are not protected.
 
     Raises:
         ModelError, ConfigError: the model cannot be loaded or cut so.
@@ -66,20 +70,26 @@ class Victim:
         model: str | Path,
         partition: Partition,
         trunk: loading.Trunk | None = None,
-        **options: Any,
+        mechanism: Mechanism | None = None,
+        public_prefix: tuple[int, ...] = (),
     ) -> None:
         config = server_config(model)
         loaded = trunk if trunk is not None else loading.load(config)
         self._recorder = Recorder(_RECORDED_MESSAGES)
+        self._folder = TemporaryDirectory(prefix="fedsea-victim-")
         channel = _ServerHere(lambda: TrunkService(config, loaded))
-        self.llm = LLM.connect(
-            model,
-            {_SERVER: lambda: RecordingChannel(channel, self._recorder)},
-            partition=partition,
-            dtype="fp32",
-            kv_rows=min(MAX_KV_ROWS, 4 * loaded.max_context),
-            **options,
-        )
+        try:
+            self.llm = LLM.connect(
+                model,
+                {_SERVER: lambda: RecordingChannel(channel, self._recorder)},
+                partition=partition,
+                dtype="fp32",
+                kv_rows=min(MAX_KV_ROWS, 4 * loaded.max_context),
+                privacy=self._protection(partition, mechanism, public_prefix),
+            )
+        except FedseaError:
+            self._folder.cleanup()
+            raise
 
     def read(self, ids: Sequence[int]) -> Observed:
         """Send a text through the split model, as a prompt, in a session of its own.
@@ -100,6 +110,7 @@ class Victim:
     def close(self) -> None:
         """Disconnect and stop the server."""
         self.llm.close()
+        self._folder.cleanup()
 
     def __enter__(self) -> Self:
         return self
@@ -111,6 +122,20 @@ class Victim:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _protection(
+        self, partition: Partition, mechanism: Mechanism | None, public_prefix: tuple[int, ...]
+    ) -> Protection | None:
+        """The mechanism with a ledger of its own, without a budget; None for mode plain."""
+        if mechanism is None:
+            return None
+        return Protection(
+            mechanism=mechanism,
+            unit=Unit.PROMPT if partition.bottom else Unit.TOKEN,
+            tenant="redteam",
+            ledger=Path(self._folder.name) / "ledger.sqlite",
+            public_prefix=len(public_prefix),
+        )
 
     async def _logits(self, ids: Tensor) -> Tensor:
         session = await self.llm.split.open([len(ids)])
@@ -164,26 +189,3 @@ class _ServerHere(Channel):
                 self._channel = MemoryChannel(service)
                 self._running.push_async_callback(self._channel.close)
             return self._channel
-
-
-def texts_of(text: str, llm: LLM, count: int, tokens: int) -> list[tuple[int, ...]]:
-    """The first `count` texts of `tokens` tokens each, cut from the paragraphs of a file.
-
-    Paragraphs are parted by empty lines; short ones are joined with those that follow.
-
-    Raises:
-        RequestError: the file has too little text.
-    """
-    found: list[tuple[int, ...]] = []
-    begun = ""
-    for paragraph in text.split("\n\n"):
-        begun = f"{begun}\n\n{paragraph}".strip()
-        ids = llm.encode(begun) if begun else ()
-        if len(ids) >= tokens:
-            found.append(ids[:tokens])
-            begun = ""
-        if len(found) == count:
-            return found
-    if not found:
-        raise RequestError(f"the text has no {tokens} tokens: give a longer one, or fewer --tokens")
-    return found

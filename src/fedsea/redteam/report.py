@@ -32,6 +32,7 @@ TITLES: Mapping[str, str] = {
     "r6": "breaking a secret rotation",
 }
 _PERCENT = 100.0
+_NOTED_GAIN = 0.1  # over the guess, from where a rate is shown in red
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,18 +178,19 @@ COLUMNS = ("attack", "recovered", "95 %", "prior", "clean", "perplexity", "agree
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
-    """Rows of one cut as a table for a terminal, grouped by mechanism."""
+    """Rows of one cut as a table for a terminal: a line for each mechanism, its attacks below."""
     made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    made.add_column("mechanism", overflow="fold")
-    for index, name in enumerate(COLUMNS):
-        made.add_column(name, justify="right" if index else "left", no_wrap=True)
+    for index, name in enumerate(("mechanism, attack", *COLUMNS[1:])):
+        made.add_column(name, justify="right" if index else "left", overflow="fold")
     previous = None
     for row in rows:
-        begins = row.parameters != previous
-        if begins and previous is not None:
+        attack, *rates, perplexity, agreement = _cells(row)
+        if row.parameters != previous:
+            previous = row.parameters
+            blank = [""] * len(rates)
             made.add_section()
-        previous = row.parameters
-        made.add_row(row.parameters if begins else "", *_cells(row, with_utility=begins))
+            made.add_row(Text(row.parameters, style="bold"), *blank, perplexity, agreement)
+        made.add_row(Text.assemble("  ", attack), *rates, "", "")
     return made
 
 
@@ -217,16 +219,16 @@ def perplexity_text(value: float) -> str:
     return f"{value:,.0f}" if value >= _PERCENT else f"{value:.3g}"
 
 
-def _cells(row: Row, *, with_utility: bool = True) -> list[str | Text]:
-    style = "red" if row.recovery >= row.prior + 0.1 else ""
+def _cells(row: Row) -> list[str | Text]:
+    style = "red" if row.recovery >= row.prior + _NOTED_GAIN else ""
     return [
         row.attack,
         Text(percent(row.recovery), style=style),
         f"{row.low * _PERCENT:.1f} – {row.high * _PERCENT:.1f}",
         percent(row.prior),
         percent(row.clean),
-        perplexity_text(row.utility.perplexity) if with_utility else "",
-        percent(row.utility.agreement) if with_utility else "",
+        perplexity_text(row.utility.perplexity),
+        percent(row.utility.agreement),
     ]
 
 

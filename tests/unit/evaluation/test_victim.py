@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fedsea.errors import PartitionError, RequestError
-from fedsea.evaluation.victim import Victim, load_trunk, texts_of
+from fedsea.errors import PartitionError
+from fedsea.evaluation.victim import Victim, load_trunk
 from fedsea.model.partition import Partition
 from fedsea.transport.recording import Direction
 from fedsea.wire.framing import decode_event
@@ -60,14 +60,3 @@ def test_a_partition_that_does_not_fit_is_refused(tiny_model, trunk):
     """A cut without a trunk ends in the library's own error."""
     with pytest.raises(PartitionError):
         Victim(tiny_model, Partition(9, 9), trunk)
-
-
-def test_texts_are_cut_from_paragraphs(tiny_model, trunk):
-    """Texts have the length that was asked for; short paragraphs are joined."""
-    text = "abc\n\ndefghijkl\n\n" + "m" * 30
-    with Victim(tiny_model, Partition(1, 1), trunk) as victim:
-        found = texts_of(text, victim.llm, 5, 10)
-        assert [len(ids) for ids in found] == [10, 10]
-        assert victim.llm.tokenizer.decode(found[1]) == "m" * 10
-        with pytest.raises(RequestError, match="no 400 tokens"):
-            texts_of(text, victim.llm, 5, 400)

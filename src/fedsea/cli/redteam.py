@@ -1,0 +1,375 @@
+"""`fedsea redteam`: attack what leaves the machine, before it is trusted.
+
+Exit codes beyond those of errors: 9 when the attacks failed their own check (R1 recovers under 99 %
+of a channel without protection, so that nothing they say counts), 10 when a verdict that `--check`
+names is "not protective".
+"""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+import fedsea
+from fedsea.cli import screen
+from fedsea.cli.options import flattened
+from fedsea.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fedsea.evaluation.page import About
+    from fedsea.evaluation.suite import Plan
+    from fedsea.evaluation.verdict import Verdict
+    from fedsea.redteam.report import Row
+
+FLOOR_FAILED = 9
+NOT_PROTECTIVE = 10
+PLAIN = "plain"
+
+_VICTIM, _ATTACKER, _REPORT = "Data owner", "Attacker", "Report"
+
+
+class KnowledgeLevel(StrEnum):
+    """What the attacker holds."""
+
+    BASE = "base"
+    LEAKED = "leaked"
+    BLACK_BOX = "black-box"
+
+
+class Check(StrEnum):
+    """Verdicts that can fail the command."""
+
+    FEDSEA_SCALE = "fedsea-scale"
+    MECHANISMS = "mechanisms"
+
+
+@dataclass(frozen=True, slots=True)
+class VictimOptions:
+    """Whose text is attacked, and what protects it."""
+
+    text: Annotated[
+        Path,
+        typer.Option(
+            help="Text file; what is not attacked of it is public.",
+            show_default=False,
+            rich_help_panel=_VICTIM,
+        ),
+    ]
+    model: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder of a checkpoint; repeat it for several.",
+            show_default="the demo model",
+            rich_help_panel=_VICTIM,
+        ),
+    ] = None
+    bottom: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Blocks after the embedding at the data owner; repeat it for several.",
+            show_default="1",
+            rich_help_panel=_VICTIM,
+        ),
+    ] = None
+    top: Annotated[
+        int,
+        typer.Option(
+            help="Blocks before the final norm at the data owner.", rich_help_panel=_VICTIM
+        ),
+    ] = 0
+    texts: Annotated[
+        int, typer.Option(help="How many texts are attacked.", rich_help_panel=_VICTIM)
+    ] = 8
+    tokens: Annotated[int, typer.Option(help="Tokens of each.", rich_help_panel=_VICTIM)] = 48
+    mechanism: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What protects rows, such as fedsea:scale=0.02; repeat it for several.",
+            show_default="FedSEA at its published scales",
+            rich_help_panel=_VICTIM,
+        ),
+    ] = None
+    sweep: Annotated[
+        bool,
+        typer.Option(
+            "--sweep",
+            help="All mechanisms too, from no protection to full loss.",
+            rich_help_panel=_VICTIM,
+        ),
+    ] = False
+
+
+@dataclass(frozen=True, slots=True)
+class AttackerOptions:
+    """What the attacker does and holds."""
+
+    attacks: Annotated[
+        str | None,
+        typer.Option(
+            help="Names with commas between: nn, r1, r2, r4, r5, r6.",
+            show_default="nn,r1,r2, or r4 for a black box",
+            rich_help_panel=_ATTACKER,
+        ),
+    ] = None
+    knowledge: Annotated[
+        KnowledgeLevel,
+        typer.Option(
+            help="What it holds: public base weights, the client's own, or none.",
+            rich_help_panel=_ATTACKER,
+        ),
+    ] = KnowledgeLevel.BASE
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the public checkpoint from which the model was fine-tuned.",
+            show_default="the model itself",
+            rich_help_panel=_ATTACKER,
+        ),
+    ] = None
+    public: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file that the attacker may learn from.",
+            show_default="the rest of --text",
+            rich_help_panel=_ATTACKER,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReportOptions:
+    """Where the findings go, and which of them fail the command."""
+
+    json: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write all rows, a JSON list.", show_default=False, rich_help_panel=_REPORT
+        ),
+    ] = None
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write one page with verdicts, plots and tables.",
+            show_default=False,
+            rich_help_panel=_REPORT,
+        ),
+    ] = None
+    markdown: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write verdicts and the table as Markdown.",
+            show_default=False,
+            rich_help_panel=_REPORT,
+        ),
+    ] = None
+    check: Annotated[
+        list[Check] | None,
+        typer.Option(
+            help="Exit with 10 when this verdict is 'not protective'; repeat it for several.",
+            show_default=False,
+            rich_help_panel=_REPORT,
+        ),
+    ] = None
+    threads: Annotated[
+        int,
+        typer.Option(
+            help="CPU threads; 0 leaves torch's own number.", min=0, rich_help_panel=_REPORT
+        ),
+    ] = 0
+
+
+@flattened
+def redteam(victim: VictimOptions, attacker: AttackerOptions, report: ReportOptions) -> None:
+    """Attack the bytes that a client sends: how much of the text does the server read?
+
+    A client and a server run in this process; attackers see the recorded messages and nothing
+    else. Exit code 9: the attacks failed their own check on the channel without protection.
+    """
+    _check_files(report)
+    with screen.bar("loading the models"):
+        import torch
+
+        from fedsea.evaluation.suite import evaluate
+
+        if report.threads:
+            torch.set_num_threads(report.threads)
+        plans = _plans(victim, attacker)
+    began = time.monotonic()
+    rows: list[Row] = []
+    for plan in plans:
+        cut = f"{plan.model.name}, bottom {plan.partition.bottom}"
+        with screen.bar(cut) as advance:
+            found = evaluate(plan, _Steps(advance))
+        screen.out.print(_table(found, cut))
+        rows += found
+    about = _about(victim, plans[0], time.monotonic() - began)
+    _write(rows, about, report)
+    _conclude(rows, report.check or [])
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """Moves a bar from one mechanism to the next."""
+
+    advance: Callable[[int, int], None]
+
+    def __call__(self, _doing: str, done: int, steps: int) -> None:
+        self.advance(done, steps)
+
+
+def _plans(victim: VictimOptions, attacker: AttackerOptions) -> list[Plan]:
+    """One for each model and cut; everything that can be refused is refused here.
+
+    Raises:
+        ConfigError, RequestError, ModelError: an option that cannot be used.
+    """
+    from fedsea.demo import model_path
+
+    models = victim.model or [model_path()]
+    cuts = victim.bottom if victim.bottom is not None else [1]
+    return [
+        _plan(victim, attacker, model, bottom) for model in models for bottom in dict.fromkeys(cuts)
+    ]
+
+
+def _plan(victim: VictimOptions, attacker: AttackerOptions, model: Path, bottom: int) -> Plan:
+    from fedsea.client.llm import load_tokenizer
+    from fedsea.evaluation import sweep
+    from fedsea.evaluation.lineup import check_attacks
+    from fedsea.evaluation.suite import Plan, public_rows
+    from fedsea.evaluation.texts import read_texts
+    from fedsea.model.checkpoint import Checkpoint
+    from fedsea.model.partition import Partition
+    from fedsea.privacy.registry import mechanism_from_spec
+    from fedsea.redteam.knowledge import Level
+
+    checkpoint = Checkpoint.open(model)
+    partition = Partition(bottom, victim.top)
+    partition.trunk_span(checkpoint.num_blocks)
+    level = Level(attacker.knowledge.value)
+    attacks = _attacks(attacker)
+    check_attacks(attacks, has_weights=level is not Level.BLACK_BOX)
+    given = victim.mechanism or ([] if victim.sweep else list(sweep.published()))
+    mechanisms = [mechanism_from_spec(spec) for spec in given]
+    tokenizer = load_tokenizer(checkpoint)
+    plan = Plan(
+        model=model,
+        partition=partition,
+        texts=read_texts(
+            victim.text,
+            lambda text: tokenizer(text, verbose=False).input_ids,
+            count=victim.texts,
+            tokens=victim.tokens,
+            public=attacker.public,
+        ),
+        attacks=attacks,
+        level=level,
+        base=attacker.base,
+    )
+    if victim.sweep:
+        specs = (*sweep.published(), *sweep.sweep(public_rows(plan)))
+        mechanisms += [mechanism_from_spec(spec) for spec in specs]
+    return replace(plan, mechanisms=tuple(each for each in mechanisms if each is not None))
+
+
+def _attacks(attacker: AttackerOptions) -> tuple[str, ...]:
+    if attacker.attacks is None:
+        return ("r4",) if attacker.knowledge is KnowledgeLevel.BLACK_BOX else ("nn", "r1", "r2")
+    names = (name.strip().lower() for name in attacker.attacks.split(","))
+    return tuple(dict.fromkeys(name for name in names if name))
+
+
+def _check_files(report: ReportOptions) -> None:
+    """Refuse, before anything runs, what could not be written afterwards.
+
+    Raises:
+        ConfigError: a folder does not exist, or the page cannot be drawn.
+    """
+    for path in (report.json, report.html, report.markdown):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise ConfigError(f"{path} cannot be written: give a file in a folder that exists")
+    if report.html is not None:
+        from fedsea.evaluation.page import check_plots
+
+        check_plots()
+
+
+def _table(rows: Sequence[Row], title: str) -> Table:
+    from fedsea.redteam.report import table
+
+    first = rows[0]
+    return table(rows, f"{title}, knowledge {first.knowledge}, {first.tokens} tokens")
+
+
+def _about(victim: VictimOptions, plan: Plan, seconds: float) -> About:
+    from fedsea.evaluation.page import About
+
+    texts = plan.texts
+    return About(
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        command=shlex.join(["fedsea", *sys.argv[1:]]),
+        version=fedsea.__version__,
+        text=victim.text.name,
+        method=(
+            f"{len(texts.secret)} texts of {victim.tokens} tokens were attacked; the first "
+            f"{len(texts.prefix)} of each are what the tokenizer puts before every text and "
+            "do not count.",
+            "The attacker could learn from other texts of the same kind.",
+            f"Everything took {seconds / 60:.1f} minutes.",
+        ),
+    )
+
+
+def _write(rows: Sequence[Row], about: About, report: ReportOptions) -> None:
+    from fedsea.evaluation import page
+    from fedsea.redteam.report import dump
+
+    if report.json is not None:
+        report.json.write_text(dump(rows), encoding="utf-8")
+    if report.html is not None:
+        report.html.write_text(page.page(rows, about), encoding="utf-8")
+    if report.markdown is not None:
+        report.markdown.write_text(page.markdown(rows, about), encoding="utf-8")
+
+
+def _conclude(rows: Sequence[Row], checks: Sequence[Check]) -> None:
+    """Say the verdicts; leave with the code of what failed."""
+    from fedsea.evaluation import verdict
+
+    named = verdict.fedsea_scale(rows)
+    found = [*named, *verdict.mechanisms(rows)]
+    for each in found:
+        screen.out.print(_verdict_line(each), soft_wrap=True)
+    failed = verdict.floor(rows)
+    if failed:
+        for row in failed:
+            screen.fail(
+                f"{verdict.cut_text(row)}: R1 recovers {row.recovery:.1%} of a channel without "
+                f"protection and must recover {verdict.FLOOR:.0%}: this report proves nothing"
+            )
+        raise typer.Exit(FLOOR_FAILED)
+    wanted = [
+        each
+        for each in found
+        if (Check.FEDSEA_SCALE if each.name == verdict.FEDSEA_SCALE else Check.MECHANISMS) in checks
+        and each.name != PLAIN
+    ]
+    if any(not each.protective for each in wanted):
+        raise typer.Exit(NOT_PROTECTIVE)
+
+
+def _verdict_line(found: Verdict) -> Text:
+    style = "green" if found.protective else "red"
+    return Text.assemble((f"{found.name}: ", f"bold {style}"), found.sentence)

@@ -1,0 +1,317 @@
+"""The red team's suite: every mechanism on a cut, every attack on what it released.
+
+The order is that of an experiment. The clean channel comes first: it gives the utility without
+protection, what each attack can do at best, and the check that the attacks work at all. Then each
+mechanism protects the same texts, through the client's own path, and is attacked and measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from fedsea.evaluation import utility as usefulness
+from fedsea.evaluation.lineup import Lineup, check_attacks
+from fedsea.evaluation.texts import Ids, Texts
+from fedsea.evaluation.utility import Reading
+from fedsea.evaluation.verdict import FLOOR_ATTACK
+from fedsea.evaluation.victim import Observed, Victim, load_trunk
+from fedsea.model.checkpoint import Checkpoint
+from fedsea.model.partition import Partition
+from fedsea.privacy.mechanism import Mechanism
+from fedsea.redteam.attack import TextGuess
+from fedsea.redteam.intervals import clopper_pearson
+from fedsea.redteam.knowledge import Knowledge, Level
+from fedsea.redteam.prior import LanguageModel, prior_only
+from fedsea.redteam.report import PLAIN, PRIOR_ATTACK, Rate, Row, Utility
+from fedsea.redteam.view import ServerView
+
+Progress = Callable[[str, int, int], None]
+Classify = Callable[[int], str]
+
+# What the client decodes, not what it sent, is what these attacks read.
+ANSWER_ATTACKS = frozenset({"r5"})
+_PLAIN_SAYS = "not private: splitting alone hides nothing from who runs the trunk"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to attack, how, and what the attacker holds.
+
+    Attributes:
+        model: folder of the client's checkpoint.
+        partition: where it is cut.
+        texts: what is secret and what is public.
+        mechanisms: what protects, one after the other; the clean channel is always attacked too.
+        attacks: names from `lineup.ATTACKS`; R1 always reads the clean channel.
+        level: what the attacker holds.
+        base: folder of the public checkpoint that an attacker uses; the client's own by default.
+        answers: how many prompts are answered, to compare greedy generation.
+        answer_tokens: how long these answers are at most.
+        classify: the kind of a token id, for rates by kind.
+    """
+
+    model: Path
+    partition: Partition
+    texts: Texts
+    mechanisms: tuple[Mechanism, ...] = ()
+    attacks: tuple[str, ...] = ("nn", "r1", "r2")
+    level: Level = Level.BASE
+    base: Path | None = None
+    answers: int = 4
+    answer_tokens: int = 24
+    classify: Classify | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Channel:
+    """What one mechanism released, and what it left of the model."""
+
+    mechanism: Mechanism | None
+    observed: tuple[Observed, ...]
+    views: tuple[ServerView, ...]
+    readings: tuple[Reading, ...]
+    answers: tuple[Ids, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Score:
+    """Whether each token of a kind was named."""
+
+    kind: str
+    hit: bool
+
+
+def evaluate(plan: Plan, progress: Progress | None = None) -> list[Row]:
+    """Run a plan; rows come in the order of its mechanisms, the clean channel first.
+
+    Args:
+        plan: what to do.
+        progress: called with what is done now, the channels done, and the channels in all.
+
+    Raises:
+        ConfigError: an unknown attack, or a mechanism that does not fit the model.
+        FedseaError: whatever the client raises.
+    """
+    check_attacks(plan.attacks, has_weights=plan.level is not Level.BLACK_BOX)
+    tell = progress or _silent
+    steps = 1 + len(plan.mechanisms)
+    tell("the clean channel", 0, steps)
+    with _Suite(plan) as suite:
+        rows = suite.attack(suite.clean)
+        for done, mechanism in enumerate(plan.mechanisms, start=1):
+            tell(mechanism.spec(), done, steps)
+            rows += suite.attack(suite.channel(mechanism))
+    tell("done", steps, steps)
+    return rows
+
+
+def public_rows(plan: Plan, most: int = 64) -> list[Tensor]:
+    """Rows [n, hidden] at the cut of some public texts, as a client without protection sends them.
+
+    A sweep takes its clip norms from them.
+    """
+    with Victim(plan.model, plan.partition) as victim:
+        first = len(plan.texts.prefix)
+        return [_sent(_view(victim, ids))[first:] for ids in plan.texts.public[:most]]
+
+
+class _Suite:
+    """One cut of one model under attack; the attacker may ask a client of its own."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._trunk = load_trunk(plan.model)
+        self._first = len(plan.texts.prefix)
+        self._own_client = Victim(plan.model, plan.partition, self._trunk)
+        self.clean = self.channel(None)
+        self._clean_rows = [_sent(view)[self._first :] for view in self.clean.views]
+        self._clean_utility = self._utility(self.clean)
+        self._best: dict[str, float] = {}
+        self._lineup = Lineup(self._knowledge(), plan.texts.public)
+        model = LanguageModel.of(self._lineup.knowledge)
+        self._prior = [prior_only(ids, self._first, model) for ids in plan.texts.secret]
+        self._prior_rate = _rate(self._scores(PRIOR_ATTACK, self.clean, self._prior)).recovery
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._own_client.close()
+
+    def channel(self, mechanism: Mechanism | None) -> _Channel:
+        """Send the texts through the client's own path, and have some prompts answered."""
+        plan = self._plan
+        secret = plan.texts.secret
+        with Victim(
+            plan.model, plan.partition, self._trunk, mechanism, plan.texts.prefix
+        ) as victim:
+            observed = tuple(victim.read(ids) for ids in secret)
+            answers = tuple(
+                victim.answer(ids[: len(ids) // 2], plan.answer_tokens)
+                for ids in secret[: plan.answers]
+            )
+            hidden = victim.llm.checkpoint.hidden_size
+        return _Channel(
+            mechanism=mechanism,
+            observed=observed,
+            # A view for each text: they are told apart even where they begin alike.
+            views=tuple(ServerView(seen.messages, hidden) for seen in observed),
+            readings=tuple(usefulness.read(seen.logits, seen.ids) for seen in observed),
+            answers=answers,
+        )
+
+    def attack(self, channel: _Channel) -> list[Row]:
+        """One row for each attack, the guess first."""
+        names = list(self._plan.attacks)
+        has_weights = self._plan.level is not Level.BLACK_BOX
+        if channel.mechanism is None and has_weights and FLOOR_ATTACK not in names:
+            names.insert(0, FLOOR_ATTACK)
+        utility = self._utility(channel)
+        rows = [self._row(PRIOR_ATTACK, channel, utility, self._prior)]
+        for name in names:
+            guesses = [self._lineup.run(name, view, channel.mechanism) for view in channel.views]
+            texts = [text for guess in guesses for text in guess.texts]
+            seconds = sum(guess.seconds for guess in guesses)
+            rows.append(self._row(name, channel, utility, texts, seconds))
+        return rows
+
+    def _row(
+        self,
+        attack: str,
+        channel: _Channel,
+        utility: Utility,
+        guesses: Sequence[TextGuess],
+        seconds: float = 0.0,
+    ) -> Row:
+        plan, mechanism = self._plan, channel.mechanism
+        scores = self._scores(attack, channel, guesses)
+        total = _rate(scores)
+        if mechanism is None:
+            self._best[attack] = total.recovery
+        loss = None if mechanism is None else mechanism.loss()
+        return Row(
+            attack=attack,
+            model=plan.model.name,
+            bottom=plan.partition.bottom,
+            top=plan.partition.top,
+            mechanism=PLAIN if mechanism is None else mechanism.name,
+            parameters=PLAIN if mechanism is None else mechanism.spec(),
+            knowledge=plan.level.value,
+            recovery=total.recovery,
+            low=total.low,
+            high=total.high,
+            tokens=total.tokens,
+            prior=self._prior_rate,
+            clean=self._best.get(attack),
+            utility=utility,
+            clean_utility=self._clean_utility,
+            noise=self._noise(channel),
+            by_class=_by_class(scores),
+            guarantee=_PLAIN_SAYS if mechanism is None else mechanism.describe(),
+            mu=None if loss is None else loss.mu(),
+            bound=None if mechanism is None else self._bound(mechanism),
+            seconds=seconds,
+            details=_means(guesses),
+        )
+
+    def _scores(self, attack: str, channel: _Channel, guesses: Sequence[TextGuess]) -> list[_Score]:
+        """One for each token that is to be found: of the texts, or of what the client decodes."""
+        classify = self._plan.classify
+        found = []
+        for guess, seen, reading in zip(guesses, channel.observed, channel.readings, strict=True):
+            truth = reading.first if attack in ANSWER_ATTACKS else seen.ids
+            pairs = zip(guess.ids, truth.tolist(), strict=True)
+            found += [
+                _Score("" if classify is None else classify(token), named == token)
+                for named, token in list(pairs)[self._first :]
+            ]
+        return found
+
+    def _utility(self, channel: _Channel) -> Utility:
+        clean = self.clean
+        return usefulness.utility(channel.readings, clean.readings, channel.answers, clean.answers)
+
+    def _noise(self, channel: _Channel) -> float:
+        """Root mean square of what the mechanism did to the rows, in units of the rows."""
+        if channel.mechanism is None:
+            return 0.0
+        released = torch.cat([_sent(view)[self._first :] for view in channel.views])
+        clean = torch.cat(self._clean_rows)
+        return float((released - clean).norm() / clean.norm())
+
+    def _bound(self, mechanism: Mechanism) -> float | None:
+        """Most that any attacker with this prior recovers of one token.
+
+        Without blocks before the cut a token is in one row. Behind blocks it is in all later rows
+        too, and the losses of a whole text compose.
+        """
+        loss = mechanism.loss()
+        if loss is None or not 0 < self._prior_rate < 1:
+            return None
+        if self._plan.partition.bottom:
+            longest = max(len(ids) for ids in self._plan.texts.secret) - self._first
+            loss = loss.composed(mechanism.releases(longest))
+        return loss.recovery_bound(self._prior_rate)
+
+    def _knowledge(self) -> Knowledge:
+        plan = self._plan
+        public = Checkpoint.open(plan.base or plan.model)
+        if plan.level is Level.BLACK_BOX:
+            return Knowledge.black_box(
+                lambda ids: _sent(_view(self._own_client, ids.tolist())),
+                int(public.config.vocab_size),
+                plan.partition,
+                public=public,
+                public_prefix=plan.texts.prefix,
+            )
+        held = public if plan.level is Level.BASE else Checkpoint.open(plan.model)
+        return Knowledge.of_weights(
+            held,
+            plan.partition,
+            level=plan.level,
+            public=public,
+            public_prefix=plan.texts.prefix,
+        )
+
+
+def _view(victim: Victim, ids: Sequence[int]) -> ServerView:
+    return ServerView(victim.read(ids).messages, victim.llm.checkpoint.hidden_size)
+
+
+def _sent(view: ServerView) -> Tensor:
+    """The released rows of the one text of a view, as the server computes with them."""
+    (chain,) = view.chains()
+    return chain.means()
+
+
+def _rate(scores: Sequence[_Score]) -> Rate:
+    hits = sum(score.hit for score in scores)
+    interval = clopper_pearson(hits, len(scores))
+    return Rate(hits / max(1, len(scores)), interval.low, interval.high, len(scores))
+
+
+def _by_class(scores: Iterable[_Score]) -> dict[str, Rate]:
+    found: dict[str, list[_Score]] = {}
+    for score in scores:
+        if score.kind:
+            found.setdefault(score.kind, []).append(score)
+    return {kind: _rate(found[kind]) for kind in sorted(found)}
+
+
+def _means(guesses: Sequence[TextGuess]) -> dict[str, float]:
+    """The attack's own numbers, averaged over texts."""
+    names = {name for guess in guesses for name in guess.numbers}
+    return {
+        name: sum(guess.numbers.get(name, 0.0) for guess in guesses) / len(guesses)
+        for name in sorted(names)
+    }
+
+
+def _silent(doing: str, done: int, steps: int) -> None:
+    """Progress that nobody looks at."""
