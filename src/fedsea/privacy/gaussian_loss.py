@@ -108,11 +108,11 @@ def gaussian_mu(epsilon: float, delta: float) -> float:
     """The largest mu with (epsilon, delta), rounded down: the analytic Gaussian mechanism.
 
     Raises:
-        ConfigError: epsilon is not a positive number, or delta is outside (0, 1).
+        ConfigError: epsilon is negative or not finite, or delta is outside (0, 1).
     """
     check_delta(delta)
-    if not (math.isfinite(epsilon) and epsilon > 0):
-        raise ConfigError(f"epsilon {epsilon}; it must be a positive number")
+    if not (math.isfinite(epsilon) and epsilon >= 0):
+        raise ConfigError(f"epsilon {epsilon}; it must be a number, 0 or more")
     low, high = math.log(_LEAST_MU), math.log(_MOST_MU)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 from fedsea.errors import ConfigError
@@ -79,19 +80,28 @@ class PrivacyLoss(ABC):
         event can have under one law when it has probability `prior` under the other.
         """
         check_prior(prior)
-        low, high = _LEAST_EXPONENT, math.log(1 / prior)
-        for _ in range(_STEPS):  # unimodal: golden section; any point gives a valid bound
-            left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
-            if not left < right:
-                break
-            if self._line(left, prior) <= self._line(right, prior):
-                high = right
-            else:
-                low = left
-        return min(1.0, self._line((low + high) / 2, prior))
+        return least_line(self.delta, prior)
 
-    def _line(self, epsilon: float, prior: float) -> float:
-        return math.exp(epsilon) * prior + self.delta(epsilon)
+
+def least_line(delta: Callable[[float], float], prior: float) -> float:
+    """min over epsilon of e^epsilon * prior + delta(epsilon), by golden section.
+
+    Any epsilon gives a valid bound, so the search may end anywhere.
+    """
+
+    def line(epsilon: float) -> float:
+        return math.exp(epsilon) * prior + delta(epsilon)
+
+    low, high = _LEAST_EXPONENT, math.log(1 / prior)
+    for _ in range(_STEPS):
+        left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+        if not left < right:
+            break
+        if line(left) <= line(right):
+            high = right
+        else:
+            low = left
+    return min(1.0, line((low + high) / 2))
 
 
 def check_delta(delta: float) -> None:

@@ -22,6 +22,9 @@ from fedsea.errors import ConfigError
 
 _BYTES_PER_KEY = 1 << 32
 
+_MOST_TRIALS = 255
+
+Bits = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 Words = NDArray[np.uint64]
 
@@ -89,3 +92,30 @@ class NoiseSource:
         if not shape > 0:
             raise ConfigError(f"a Gamma law of shape {shape}; the shape must be positive")
         return np.asarray(special.gammaincinv(shape, self.uniform(count)), dtype=np.float64)
+
+    def bernoulli(self, chances: Floats) -> Bits:
+        """1 with each chance, else 0; uint8 of the same shape. See `binomial`."""
+        return self.binomial(1, chances)
+
+    def binomial(self, trials: int, chances: Floats) -> Bits:
+        """Binomial counts of at most 255 trials; uint8 of the shape of `chances`.
+
+        The sum of `trials` comparisons of 64 random bits with the chance in units of 2^-64. The
+        first eight bits decide all but one comparison in 256; only for those are the other 56
+        drawn.
+        """
+        if not 1 <= trials <= _MOST_TRIALS:
+            raise ConfigError(f"{trials} trials; a count in one byte holds 1 to {_MOST_TRIALS}")
+        if not bool(np.all((chances >= 0) & (chances < 1))):
+            raise ConfigError("a chance is not in [0, 1)")
+        flat = chances.reshape(-1)
+        scaled = np.ldexp(flat, 8)
+        first = np.floor(scaled).astype(np.uint8)
+        rest = np.ldexp(scaled - np.floor(scaled), 56).astype(np.uint64)
+        drawn = np.frombuffer(self.bits(trials * flat.size), dtype=np.uint8)
+        drawn = drawn.reshape(trials, flat.size)
+        counts = np.add.reduce((drawn < first).view(np.uint8), axis=0, dtype=np.uint8)
+        tied = np.flatnonzero(drawn == first) % flat.size
+        won = (self.words(tied.size) >> np.uint64(8)) < rest[tied]
+        counts += np.bincount(tied[won], minlength=flat.size).astype(np.uint8)
+        return np.asarray(counts.reshape(chances.shape), dtype=np.uint8)

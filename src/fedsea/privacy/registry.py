@@ -9,6 +9,8 @@ from torch import Tensor
 from fedsea.errors import ConfigError
 from fedsea.privacy.gaussian import FedSEAGaussian, Gaussian, center_fingerprint, checked_clipping
 from fedsea.privacy.mechanism import Mechanism
+from fedsea.privacy.metric import MetricDP
+from fedsea.privacy.quantization import StochasticQuantization, Ternary
 
 PLAIN = "plain"
 
@@ -16,8 +18,9 @@ PLAIN = "plain"
 class _Options:
     """The key=value pairs of one spec; every key must be taken."""
 
-    def __init__(self, name: str, text: str, center: Tensor | None) -> None:
+    def __init__(self, name: str, text: str, center: Tensor | None, width: int | None) -> None:
         self._name = name
+        self._width = width
         self._center = center
         self._pairs: dict[str, str] = {}
         self._known: list[str] = []
@@ -47,10 +50,17 @@ class _Options:
             raise ConfigError(f"mechanism {self._name}: {key}={text} is not a number") from None
 
     def whole(self, key: str) -> int:
-        value = self.number(key)
-        if not value.is_integer():
-            raise ConfigError(f"mechanism {self._name}: {key}={value} is not a whole number")
-        return int(value)
+        return _whole(key, self.number(key))
+
+    def width(self) -> int | None:
+        """The width that the spec names, or else the one of the rows at the cut."""
+        return self._width if (named := self.optional("width")) is None else _whole("width", named)
+
+    def known_width(self) -> int:
+        width = self.width()
+        if width is None:
+            raise ConfigError(f"mechanism {self._name} needs width=NUMBER, the numbers in a row")
+        return width
 
     def center(self) -> Tensor | None:
         """The given centre, which must be the one that the spec names, if it names one."""
@@ -71,6 +81,12 @@ class _Options:
             )
 
 
+def _whole(key: str, value: float) -> int:
+    if not value.is_integer():
+        raise ConfigError(f"{key}={value} is not a whole number")
+    return int(value)
+
+
 def _gaussian(options: _Options) -> Mechanism:
     clip_norm = options.number("clip_norm")
     mu, epsilon, delta = (options.optional(key) for key in ("mu", "epsilon", "delta"))
@@ -86,9 +102,26 @@ def _fedsea(options: _Options) -> Mechanism:
     return FedSEAGaussian(options.number("scale"), options.optional("clip_norm"))
 
 
+def _quantization(options: _Options) -> Mechanism:
+    bits, clip, mu = options.whole("bits"), options.number("clip"), options.number("mu")
+    return StochasticQuantization(bits, clip, mu, options.known_width())
+
+
+def _ternary(options: _Options) -> Mechanism:
+    clip, mu, sparsity = (options.number(key) for key in ("clip", "mu", "sparsity"))
+    return Ternary(clip, mu, sparsity, options.known_width())
+
+
+def _metric(options: _Options) -> Mechanism:
+    return MetricDP(options.number("eta"), options.optional("clip_norm"), options.width())
+
+
 _READERS: dict[str, Callable[[_Options], Mechanism]] = {
     Gaussian.name: _gaussian,
     FedSEAGaussian.name: _fedsea,
+    StochasticQuantization.name: _quantization,
+    Ternary.name: _ternary,
+    MetricDP.name: _metric,
 }
 
 
@@ -97,12 +130,16 @@ def mechanism_names() -> tuple[str, ...]:
     return tuple(_READERS)
 
 
-def mechanism_from_spec(text: str, center: Tensor | None = None) -> Mechanism | None:
+def mechanism_from_spec(
+    text: str, center: Tensor | None = None, width: int | None = None
+) -> Mechanism | None:
     """Read `name:key=value,...`; `plain` is no mechanism: None.
 
     Args:
         text: what `Mechanism.spec` wrote, or a person.
         center: the public centre, for mechanisms that take one.
+        width: numbers in a row at the cut, for mechanisms that depend on it and whose spec does
+            not name it.
 
     Raises:
         ConfigError: an unknown name, key or value.
@@ -113,7 +150,7 @@ def mechanism_from_spec(text: str, center: Tensor | None = None) -> Mechanism | 
     reader = _READERS.get(name)
     if reader is None:
         raise ConfigError(f"no mechanism {name!r}; known: {', '.join((PLAIN, *_READERS))}")
-    options = _Options(name, rest, center)
+    options = _Options(name, rest, center, width)
     mechanism = reader(options)
     options.finish()
     return mechanism
