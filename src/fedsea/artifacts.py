@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,20 +120,17 @@ def read(path: Path, kind: str) -> Artifact:
 
 
 def _replace(path: Path, content: bytes) -> None:
+    begun = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    try:
-        with os.fdopen(handle, "wb") as opened:
+        with begun.open("wb") as opened:
             opened.write(content)
             opened.flush()
             os.fsync(opened.fileno())
-        Path(name).replace(path)
+        begun.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            Path(name).unlink()
+            begun.unlink()
         raise _unwritable(path, error) from error
 
 

@@ -18,10 +18,12 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.table import Table
 from rich.text import Text
@@ -103,13 +105,14 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def _progress() -> Progress:
+def _progress(*more: ProgressColumn) -> Progress:
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         TaskProgressColumn(),
         TimeElapsedColumn(),
+        *more,
         console=err,
         transient=True,
         disable=not err.is_terminal,
@@ -126,6 +129,18 @@ def bar(description: str) -> Iterator[Callable[[int, int], None]]:
 
         def advance(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
+
+        yield advance
+
+
+@contextmanager
+def training_bar(description: str) -> Iterator[Callable[[int, int, float], None]]:
+    """The same with the time left; what it yields also takes the loss."""
+    with _progress(TextColumn("{task.fields[loss]}"), TimeRemainingColumn()) as progress:
+        task = progress.add_task(description, total=None, loss="")
+
+        def advance(done: int, total: int, loss: float) -> None:
+            progress.update(task, completed=done, total=total, loss=f"loss {loss:.4f}")
 
         yield advance
 
