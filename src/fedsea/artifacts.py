@@ -87,7 +87,7 @@ def write(
     """
     head = json.dumps({"kind": kind, "format": _FORMAT, **description}, sort_keys=True)
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _replace(path, save_tensors(kept, {_KEY: head}))
+    replace_file(path, save_tensors(kept, {_KEY: head}))
 
 
 def read(path: Path, kind: str) -> Artifact:
@@ -108,9 +108,9 @@ def read(path: Path, kind: str) -> Artifact:
         header = json.loads(content[_LENGTH_BYTES : _LENGTH_BYTES + length])
         description = json.loads(header["__metadata__"][_KEY])
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a {kind} of fedsea; check the path") from error
+        raise CheckpointError(f"{path} holds no {kind} of fedsea; check the path") from error
     if not isinstance(description, dict) or description.pop("kind", None) != kind:
-        raise CheckpointError(f"{path} is not a {kind} of fedsea; check the path")
+        raise CheckpointError(f"{path} holds no {kind} of fedsea; check the path")
     found = description.pop("format", None)
     if found != _FORMAT:
         raise CheckpointError(
@@ -119,7 +119,12 @@ def read(path: Path, kind: str) -> Artifact:
     return Artifact(path, kind, description, tensors)
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file as a whole or not at all, its folder as well when it is missing.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     begun = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
