@@ -7,12 +7,14 @@ all of them over connections to the pinned key. It asks again
 * after a connection was lost, before the next stream is opened, with a fresh handshake;
 * when the acceptance has expired, before the next message of any stream is sent.
 
-A refusal ends the stream with the verifier's error; what was to be sent stays here.
+A refusal ends the stream with the verifier's error; what was to be sent stays here. `Attestation`
+makes such channels to all servers of a client and knows what was accepted last.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 import time
 from collections.abc import Callable
@@ -28,8 +30,40 @@ from fedsea.wire.attestation import NONCE_BYTES, decode_attestation, encode_atte
 _TRIES: Final = 5
 _LONGEST_PAUSE: Final = 10.0
 
+Accepted = Callable[[Attested], None]
 Clock = Callable[[], float]
 Tell = Callable[[str], None]
+
+
+class Attestation:
+    """What a client demands of all of its servers, and what they proved.
+
+    Args:
+        verifier: decides about each server.
+        tell: called with one line when another server, or another state of one, is accepted.
+    """
+
+    def __init__(self, verifier: Verifier, tell: Tell) -> None:
+        self._verifier = verifier
+        self._tell = tell
+        self._latest: Attested | None = None
+        self._told: tuple[object, ...] | None = None
+
+    @property
+    def latest(self) -> Attested | None:
+        """What was accepted last, of whichever server; it may have expired since."""
+        return self._latest
+
+    def guard(self, address: str, connect: Callable[[], Channel]) -> AttestedChannel:
+        """A channel to the server at `address` that demands proof."""
+        accepted = functools.partial(self._accepted, address)
+        return AttestedChannel(connect(), self._verifier, address, accepted)
+
+    def _accepted(self, address: str, attested: Attested) -> None:
+        found = (address, attested.issuer, attested.measurements)
+        if self._told not in (None, found):
+            self._tell(f"{address} {attested.describe()}")
+        self._told, self._latest = found, attested
 
 
 @dataclass(slots=True, eq=False)
@@ -50,7 +84,7 @@ class AttestedChannel(Channel):
         channel: reaches the server; must have a TLS key to pin.
         verifier: decides; its calls run in a thread.
         address: of the server, for the verifier and for messages.
-        tell: called with one line when a server has been accepted.
+        accepted: called whenever the server has been accepted, the first time and again.
         clock: seconds since 1970.
     """
 
@@ -59,13 +93,13 @@ class AttestedChannel(Channel):
         channel: Channel,
         verifier: Verifier,
         address: str,
-        tell: Tell | None = None,
+        accepted: Accepted | None = None,
         clock: Clock = time.time,
     ) -> None:
         self._channel = channel
         self._verifier = verifier
         self._address = address
-        self._tell = tell
+        self._on_accepted = accepted
         self._clock = clock
         self._place: _Place | None = None
         self._open: set[_Place] = set()
@@ -169,8 +203,6 @@ class AttestedChannel(Channel):
             await channel.close()
             raise
         self._open.add(place)
-        if self._tell is not None:
-            self._tell(f"{self._address} {place.attested.describe()}")
         return place
 
     async def _ask(self, channel: PinnedChannel) -> Attested:
@@ -179,6 +211,8 @@ class AttestedChannel(Channel):
         evidence = Evidence(decode_attestation(answer), nonce, channel.key_sha256, self._address)
         attested = await asyncio.to_thread(self._verifier.verify, evidence)
         self._check(attested, channel)
+        if self._on_accepted is not None:
+            self._on_accepted(attested)
         return attested
 
     def _check(self, attested: Attested, channel: PinnedChannel) -> None:

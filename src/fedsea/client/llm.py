@@ -16,6 +16,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from fedsea.client.attested import Attestation
 from fedsea.client.background import Background, Pending
 from fedsea.client.generation import Completion, Request, complete
 from fedsea.client.local import LocalParts
@@ -40,6 +41,7 @@ from fedsea.model.inspection import check_memory, client_weights
 from fedsea.model.partition import Partition
 from fedsea.model.quantization import library_config
 from fedsea.model.spans import Placement
+from fedsea.privacy.attestation import Attested, Verifier
 from fedsea.privacy.placeholders.config import Placeholders
 from fedsea.privacy.placeholders.substitution import Substitution
 from fedsea.transport.base import Channel
@@ -75,9 +77,11 @@ class LLM:
         tokenizer: PreTrainedTokenizerBase,
         background: Background,
         placeholders: Placeholders | None = None,
+        attestation: Attestation | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._placeholders = placeholders
+        self._attestation = attestation
         self._split = split
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids(checkpoint)
@@ -103,6 +107,7 @@ class LLM:
         on_notice: Tell | None = None,
         placeholders: Placeholders | None = None,
         privacy: Protection | None = None,
+        verifier: Verifier | None = None,
         revision: str | None = None,
     ) -> LLM:
         """Load bottom and top, find a server, and check that it serves the same model.
@@ -126,19 +131,24 @@ class LLM:
                 and put back into answers.
             privacy: the mechanism that rows go through before they leave, and the ledger that
                 counts; None sends rows as they are, in the mode plain.
+            verifier: decides, by a token that it shows, whether a server may get anything; None
+                asks for no proof. Needs certificates.
             revision: of a hub id.
 
         Raises:
             CheckpointError, UnsupportedModel, PartitionError, ConfigError: local trouble.
             LedgerError: the ledger cannot be used.
-            Unreachable, FingerprintMismatch, SecurityError: trouble with the server.
+            Unreachable, FingerprintMismatch, SecurityError: trouble with the server; an
+                AttestationError says that it did not prove what it runs.
         """
         checkpoint = Checkpoint.open(model, revision)
         chosen = partition if isinstance(partition, Partition) else Partition(*partition)
         placement = _placement(checkpoint, dtype, device, quantization)
         row_codec = _codec(codec, placement.dtype)
         trunk = chosen.trunk_span(checkpoint.num_blocks)
-        endpoints = _endpoints(servers, tls)
+        tell = on_notice or logger.warning
+        attestation = None if verifier is None else Attestation(verifier, tell)
+        endpoints = _endpoints(servers, tls, attestation)
         tokenizer = load_tokenizer(checkpoint)
         check_memory(
             client_weights(checkpoint, chosen, placement.kept_dtype),
@@ -174,12 +184,12 @@ class LLM:
             description=description,
             store=ReleaseStore(release_memory),
             patience=waits,
-            tell=on_notice or logger.warning,
+            tell=tell,
             up=up,
             down=RowFormat(row_codec, checkpoint.hidden_size),
             policy=policy,
         )
-        connected = cls(checkpoint, split, tokenizer, background, placeholders)
+        connected = cls(checkpoint, split, tokenizer, background, placeholders, attestation)
         logger.info("connected to %s: %s", description.model, connected.describe_mode())
         return connected
 
@@ -216,7 +226,14 @@ class LLM:
     @property
     def mode(self) -> Mode:
         """What protects the text from whoever runs the trunk."""
+        if self._attestation is not None:
+            return Mode.ATTESTED
         return Mode.PLAIN if self._split.policy is None else Mode.NOISY
+
+    @property
+    def attested(self) -> Attested | None:
+        """What the server in use proved, as far as proof was demanded."""
+        return None if self._attestation is None else self._attestation.latest
 
     def describe_mode(self) -> str:
         """The mode, and in numbers what it guarantees, in one line for people.
@@ -224,8 +241,10 @@ class LLM:
         Raises:
             LedgerError: the ledger cannot be read.
         """
-        policy = self._split.policy
-        return f"mode {self.mode}: {PLAIN if policy is None else policy.describe()}"
+        policy, attested = self._split.policy, self.attested
+        grounds = [] if attested is None else [attested.describe()]
+        grounds += [] if policy is None else [policy.describe()]
+        return f"mode {self.mode}: {'; '.join(grounds) or PLAIN}"
 
     def __repr__(self) -> str:
         about = self._split.description
@@ -477,9 +496,23 @@ def _codec(name: str, dtype: torch.dtype) -> Codec:
 def _endpoints(
     servers: str | Sequence[str] | Mapping[str, Callable[[], Channel]],
     tls: ClientTLS | Plaintext | None,
+    attestation: Attestation | None,
 ) -> tuple[Endpoint, ...]:
+    makers = dict(_channel_makers(servers, tls))
+    if attestation is not None:
+        makers = {
+            address: functools.partial(attestation.guard, address, connect)
+            for address, connect in makers.items()
+        }
+    return tuple(Endpoint(address, connect) for address, connect in makers.items())
+
+
+def _channel_makers(
+    servers: str | Sequence[str] | Mapping[str, Callable[[], Channel]],
+    tls: ClientTLS | Plaintext | None,
+) -> Mapping[str, Callable[[], Channel]]:
     if isinstance(servers, Mapping):
-        return tuple(Endpoint(name, connect) for name, connect in servers.items())
+        return servers
     addresses = [servers] if isinstance(servers, str) else list(servers)
     if not addresses:
         raise ConfigError("there is no server address; give HOST:PORT")
@@ -487,9 +520,7 @@ def _endpoints(
         raise ConfigError(
             "no certificate was given; pass tls=ClientTLS(...), made by `fedsea certs client`"
         )
-    return tuple(
-        Endpoint(address, functools.partial(GrpcChannel, address, tls)) for address in addresses
-    )
+    return {address: functools.partial(GrpcChannel, address, tls) for address in addresses}
 
 
 async def _first_description(

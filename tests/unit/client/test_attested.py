@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from fedsea.client.attested import AttestedChannel
+from fedsea.client.attested import Attestation, AttestedChannel
 from fedsea.errors import (
     AttestationError,
     ConnectionLost,
@@ -146,12 +147,12 @@ class Setting:
 
     def __init__(self) -> None:
         self.clock, self.server, self.judge = Clock(), Server(), Judge()
-        self.lines: list[str] = []
+        self.accepted: list[Attested] = []
         self.channel = AttestedChannel(
             self.server,  # type: ignore[arg-type]
             self.judge,
             "trunk.test:1",
-            tell=self.lines.append,
+            accepted=self.accepted.append,
             clock=self.clock,
         )
 
@@ -174,9 +175,7 @@ async def test_nothing_goes_out_before_acceptance(at):
     found = at.channel.attested
     assert found is not None
     assert found.issuer == "https://attest.test"
-    assert at.lines == [
-        "trunk.test:1 attested by https://attest.test: image x; until 2027-01-15 08:01:40 UTC"
-    ]
+    assert at.accepted == [found]
 
 
 @pytest.mark.parametrize("call", ["describe", "open_stream"])
@@ -187,7 +186,7 @@ async def test_a_refused_server_gets_nothing(at, call):
         await getattr(at.channel, call)()
     assert at.server.log == ["attest", "close"]
     assert at.channel.attested is None
-    assert not at.lines
+    assert not at.accepted
 
 
 @pytest.mark.parametrize(
@@ -246,7 +245,7 @@ async def test_an_open_stream_asks_again_when_acceptance_has_expired(at):
     await stream.send(b"three")
     assert at.server.log == ["attest", "open", b"one", "attest", b"two", b"three"]
     assert at.server.pins == 1
-    assert len(at.lines) == 1
+    assert len(at.accepted) == 2
 
 
 async def test_a_stream_ends_when_the_server_is_not_accepted_again(at):
@@ -344,3 +343,25 @@ async def test_a_transport_without_a_key():
     with pytest.raises(AttestationError, match="no TLS key"):
         await channel.open_stream()
     await channel.close()
+
+
+async def test_what_was_accepted_is_known_and_changes_are_told():
+    """The first server is what the client says of itself; later changes come as notices."""
+    lines: list[str] = []
+    judge, servers = Judge(), [Server(), Server()]
+    attestation = Attestation(judge, lines.append)
+    channels = [
+        attestation.guard(f"trunk{i}.test:1", lambda server=server: server)  # type: ignore[misc]
+        for i, server in enumerate(servers)
+    ]
+    assert attestation.latest is None
+    judge.verdict = lambda good: replace(good, expires=time.time() + 3600)
+    await channels[0].describe()
+    assert attestation.latest is not None
+    channels[0]._place = None
+    await channels[0].describe()
+    assert not lines
+    judge.verdict = lambda good: replace(good, expires=NOW * 2)
+    await channels[1].describe()
+    (line,) = lines
+    assert line.startswith("trunk1.test:1 attested by https://attest.test: image x; until ")
