@@ -26,6 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from fedsea.model.kv_cache import KVCache
+from fedsea.model.lora import AdaptedRows
 
 ATTENTION_NAME = "fedsea_ragged"
 
@@ -114,13 +115,15 @@ class RaggedBatch:
 
     `position_ids` is (1, T). `slots` is (T,), or None when nothing is kept: then every item
     starts at 0 and its rows attend to each other only, which is differentiable. `store_rows` is
-    the number of rows of the cache that reading together may touch.
+    the number of rows of the cache that reading together may touch; `adapters` says which rows
+    use which adapter.
     """
 
     items: tuple[BatchItem, ...]
     position_ids: Tensor
     slots: Tensor | None
     store_rows: int = 0
+    adapters: tuple[AdaptedRows, ...] = ()
     plans: dict[int, Plan] = field(default_factory=dict)
 
     @property
@@ -134,7 +137,12 @@ class RaggedBatch:
         return self.slots is not None and len(self.items) == self.num_rows
 
     @classmethod
-    def whole(cls, counts: Iterable[int], device: torch.device) -> RaggedBatch:
+    def whole(
+        cls,
+        counts: Iterable[int],
+        device: torch.device,
+        adapters: tuple[AdaptedRows, ...] = (),
+    ) -> RaggedBatch:
         """Whole sequences of the given lengths, run without a cache, as in training."""
         items, positions = [], []
         offset = 0
@@ -142,7 +150,7 @@ class RaggedBatch:
             items.append(BatchItem(offset, 0, count, RowRun(offset, None)))
             positions.append(torch.arange(count, device=device))
             offset += count
-        return cls(tuple(items), torch.cat(positions)[None], None)
+        return cls(tuple(items), torch.cat(positions)[None], None, adapters=adapters)
 
     def plan(self, window: int) -> Plan:
         """How the layers with this sliding window read; made once per step."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedsea.model.attention import BatchItem, RaggedBatch, RowRun
 from fedsea.model.kv_pool import KVPool, Sequence
+from fedsea.model.lora import AdaptedRows, Adapter
 from fedsea.model.partition import Span
 from fedsea.model.spans import BlockSpan, Placement
 
@@ -18,11 +19,12 @@ DEFAULT_PAGE_ROWS = 16
 
 @dataclass(frozen=True, slots=True)
 class NewRows:
-    """The next `count` rows of a sequence of an account of the pool."""
+    """The next `count` rows of a sequence of an account of the pool, and their adapter."""
 
     account: int
     sequence: int
     count: int
+    adapter: Adapter | None = None
 
 
 class SpanRunner:
@@ -55,6 +57,7 @@ class SpanRunner:
         items: list[BatchItem] = []
         slots: list[int] = []
         positions: list[int] = []
+        adapters: list[AdaptedRows] = []
         offset = 0
         for rows in new:
             start = self.pool.sequence(rows.account, rows.sequence).length
@@ -64,6 +67,8 @@ class SpanRunner:
             items.append(BatchItem(offset, start, rows.count, run))
             positions.extend(range(start, start + rows.count))
             slots.extend(_slots(run, start, rows.count))
+            if rows.adapter is not None:
+                adapters.append(AdaptedRows(offset, offset + rows.count, rows.adapter))
             offset += rows.count
         device = self.placement.device
         return RaggedBatch(
@@ -71,6 +76,7 @@ class SpanRunner:
             torch.tensor(positions, device=device)[None],
             torch.tensor(slots, device=device),
             self.cache.num_rows,
+            tuple(adapters),
         )
 
     @torch.inference_mode()

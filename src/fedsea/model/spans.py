@@ -19,11 +19,12 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PretrainedC
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging as transformers_logging
 
-from fedsea.errors import CheckpointError, PartitionError, UnsupportedModel
+from fedsea.errors import CheckpointError, ConfigError, PartitionError, UnsupportedModel
 from fedsea.model import attention, linears, quantization
 from fedsea.model.attention import KVContext, RaggedBatch
 from fedsea.model.checkpoint import Checkpoint, block_of
 from fedsea.model.kv_cache import KVCache, KVShape
+from fedsea.model.lora import Adapter, AdapterContext, Place, adapt, linears_of, sizes
 from fedsea.model.partition import Span
 from fedsea.model.tensor_maps import TensorMaps
 
@@ -81,6 +82,7 @@ class BlockSpan(nn.Module):
         self.span = span
         self.takes_ids = takes_ids
         self.context = KVContext()
+        self.adapters = AdapterContext()
         self.decode: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
         self._narrowed: dict[Span, nn.Module] = {span: blocks}
         for layer, module in enumerate(attention_modules(blocks)):
@@ -102,10 +104,11 @@ class BlockSpan(nn.Module):
         `span` names the blocks to run when not all of them are meant.
         """
         self.context.batch = batch
+        self.adapters.rows = batch.adapters
         if not len(self.span) and not self.takes_ids:
             return self.blocks.norm(rows)  # type: ignore[operator,no-any-return]
         blocks = self.blocks if span is None else self._narrow(span)
-        if self.decode is not None and batch.is_decode:
+        if self.decode is not None and batch.is_decode and not batch.adapters:
             return self.decode(blocks, rows, batch.position_ids)
         return self.forward_blocks(blocks, rows, batch.position_ids)
 
@@ -115,6 +118,27 @@ class BlockSpan(nn.Module):
         output = blocks(**inputs, position_ids=position_ids, use_cache=False)
         hidden: Tensor = output.last_hidden_state
         return hidden[0]
+
+    def linears(self) -> dict[Place, nn.Module]:
+        """The linears of the blocks, which adapters may target."""
+        return linears_of(self.blocks, self.span) if len(self.span) else {}
+
+    def accept(self, adapter: Adapter) -> None:
+        """Make the linears that an adapter targets ready for it; batches name it then.
+
+        Raises:
+            ConfigError: it targets what these blocks do not have, or is of other sizes.
+        """
+        linears = self.linears()
+        for place, factors in adapter.factors.items():
+            layer = linears.get(place)
+            if layer is None or sizes(layer) != (factors.a.shape[1], factors.b.shape[0]):
+                raise ConfigError(
+                    f"the adapter does not fit {place.path} of block {place.block}; "
+                    "use the model that it was made for"
+                )
+        if adapter.factors:
+            adapt(self.blocks, self.span, self.adapters, adapter.config.targets)
 
     def _narrow(self, span: Span) -> nn.Module:
         """The same layers as a model that has only those of `span`; made once per span."""
