@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 from fedsea.errors import ConfigError
 from fedsea.evaluation.frozen import FrozenModel
 from fedsea.evaluation.public_text import PublicText
-from fedsea.evaluation.releasing import Clip, Cut, seeded_noise
+from fedsea.evaluation.releasing import Cut, seeded_noise
 from fedsea.evaluation.training import OnProgress, Schedule, Training, ignore_progress
 from fedsea.model.projection import Projection
 from fedsea.privacy.mechanism import Mechanism
@@ -117,7 +117,7 @@ class _Task:
         self, model: FrozenModel, text: PublicText, recipe: Recipe, mechanism: Mechanism | None
     ) -> None:
         self._model, self._text, self._recipe = model, text, recipe
-        self._cut, self._clip = Cut(text.prefix, mechanism), Clip.of(mechanism)
+        self._cut = Cut(text.prefix, mechanism)
         self.described: dict[str, Any] = {
             "objective": recipe.objective.value,
             "steps": recipe.schedule.steps,
@@ -172,15 +172,15 @@ class _Task:
 
     def _gain(self, narrow: Tensor) -> float:
         """The factor that puts nearly all of the rows that are protected inside the clip."""
-        if math.isinf(self._clip.radius):
+        clip = self._cut.clip
+        if math.isinf(clip.radius):
             return 1.0
-        found = self._clip.magnitudes(narrow[:, self._cut.prefix :]).flatten().sort().values
-        return self._clip.radius / float(found[int(_INSIDE * (len(found) - 1))])
+        found = clip.magnitudes(narrow[:, self._cut.prefix :]).flatten().sort().values
+        return clip.radius / float(found[int(_INSIDE * (len(found) - 1))])
 
     def _released(self, narrow: Tensor, step: int) -> Tensor:
         """Released rows with the gradient of the clipping alone."""
-        public, own = narrow.split([self._cut.prefix, narrow.shape[1] - self._cut.prefix], 1)
-        smooth = torch.cat([public, self._clip(own)], 1)
+        smooth = self._cut.let_through(narrow)
         released = self._cut.release(narrow, self._noise(step))
         return smooth + (released - smooth).detach()
 

@@ -1,8 +1,8 @@
 """What the server would compute with: public rows released through projection and mechanism.
 
-As the client does it: rows of the public prefix are sent without noise, the others are protected,
-text by text. Noise of a training is a function of its seed and step, so that it can be repeated;
-it protects nothing and need not.
+As the client does it: rows of the public prefix are sent without noise where the format allows it,
+the others are protected, text by text. Noise of a training is a function of its seed and step, so
+that it can be repeated; it protects nothing and need not.
 """
 
 from __future__ import annotations
@@ -42,17 +42,31 @@ class Cut:
         if self.mechanism is None:
             return rows.detach()
         released = rows.detach().clone()
+        first = self._first
         for text in released:
-            text[self.prefix :] = self.mechanism.values(
-                self.mechanism.protect(text[self.prefix :], noise)
-            )
+            text[first:] = self.mechanism.values(self.mechanism.protect(text[first:], noise))
         return released
+
+    @property
+    def clip(self) -> Clip:
+        """What the mechanism does to rows besides noise."""
+        return Clip.of(self.mechanism)
+
+    def let_through(self, rows: Tensor) -> Tensor:
+        """Narrow rows (B, T, width) without noise, as a differentiable function."""
+        first = self._first
+        return torch.cat([rows[:, :first], self.clip(rows[:, first:])], 1)
 
     def widen(self, released: Tensor) -> Tensor:
         """Released rows (B, T, width) as they enter the trunk, (B, T, hidden)."""
         if self.projection is None:
             return released
         return self.projection.decode(released.flatten(0, 1)).view(*released.shape[:2], -1)
+
+    @property
+    def _first(self) -> int:
+        """The first row that is protected: a session whose format is counts sends nothing else."""
+        return 0 if self.mechanism is not None and self.mechanism.levels else self.prefix
 
 
 def seeded_noise(seed: int, step: int) -> NoiseSource:
