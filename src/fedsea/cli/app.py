@@ -11,7 +11,19 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fedsea.cli import bench, certs, chat, demo, generate, inspection, screen, serve, split
+from fedsea.cli import (
+    bench,
+    certs,
+    chat,
+    demo,
+    generate,
+    inspection,
+    privacy,
+    redteam,
+    screen,
+    serve,
+    split,
+)
 from fedsea.errors import FedseaError
 
 INTERRUPTED = 130
@@ -80,6 +92,8 @@ app.add_typer(certs.app, name="certs")
 app.command("inspect")(inspection.inspect)
 app.command("split")(split.split)
 app.command("bench")(bench.bench)
+app.command("redteam")(redteam.redteam)
+app.add_typer(privacy.app, name="privacy")
 
 
 @app.command("version")
