@@ -64,8 +64,8 @@ class Continuation:
         self._span_config: Any = span.blocks.config
         self._span_config._attn_implementation = ATTENTION_NAME
         for layer, module in enumerate(attention_modules(span.blocks)):
-            config: Any = module.config
-            config._attn_implementation = ATTENTION_NAME
+            attention: Any = module
+            attention.config._attn_implementation = ATTENTION_NAME
             module.shared_step, module.shared_layer = self._step, layer  # type: ignore[assignment]
 
     @property

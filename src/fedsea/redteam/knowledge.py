@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ Query = Callable[[Tensor], Tensor]
 """Token ids (n,) of one text to the rows [n, hidden] that a client computes for it."""
 
 
-class Level(str, Enum):
+class Level(StrEnum):
     """Names of what attackers hold, as in reports."""
 
     BASE = "base"
