@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedsea.errors import ConfigError
+from fedsea.privacy.placeholders.addresses import AddressDetector
 from fedsea.privacy.placeholders.custom import PatternDetector, WordDetector, checked_kind
 from fedsea.privacy.placeholders.names import NameDetector
 from fedsea.privacy.placeholders.patterns import ShapeDetector
@@ -90,9 +91,16 @@ class _Only:
 
     def __init__(self, kinds: frozenset[str]) -> None:
         self._kinds = kinds
-        self._shapes = ShapeDetector()
-        self._names = NameDetector()
+        self._detectors: tuple[Detector, ...] = (
+            ShapeDetector(),
+            AddressDetector(),
+            NameDetector(),
+        )
 
     def find(self, text: str) -> list[Span]:
-        shapes: Iterable[Span] = self._shapes.find(text)
-        return [span for span in (*shapes, *self._names.find(text)) if span.kind in self._kinds]
+        return [
+            span
+            for detector in self._detectors
+            for span in detector.find(text)
+            if span.kind in self._kinds
+        ]

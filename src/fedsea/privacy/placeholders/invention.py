@@ -21,9 +21,10 @@ import re
 from collections.abc import Callable
 
 from fedsea.privacy.placeholders.spans import Kind
+from fedsea.privacy.placeholders.words import MONTHS
 
 _ONSETS = "b br c cl d dr f fl g gr h j k kl l m n p pl pr qu r s sk st t tr v w z".split()
-_VOWELS = "a e i o u ae ia oa".split()
+_VOWELS = "a e i o u ae ia".split()
 _CODAS = "l m n r s nd rn th x".split()
 _GIVEN_ENDINGS = "a an el en eth ia iel in ir is ola on or us".split()
 _SURNAME_ENDINGS = (
@@ -33,16 +34,8 @@ _PLACE_ENDINGS = "burgh bury by combe field ford hampton haven minster mouth por
 _STREETS = "Street Road Avenue Lane Way Drive".split()
 _TRADES = "Group Partners Systems Works Holdings Associates Industries Services".split()
 
-MONTHS = {
-    "en": "January February March April May June July August September October November December",
-    "en-short": "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec",
-    "de": "Januar Februar März April Mai Juni Juli August September Oktober November Dezember",
-    "fr": "janvier février mars avril mai juin juillet août septembre octobre novembre décembre",
-    "es": "enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre",
-    "it": "gennaio febbraio marzo aprile maggio giugno luglio agosto settembre ottobre novembre dicembre",
-    "nl": "januari februari maart april mei juni juli augustus september oktober november december",
-}
 _DATE_PART = re.compile(r"\d+(?::\d+)*|[^\W\d_]+")
+_AMOUNT = re.compile(r"USD|EUR|GBP|CHF")
 _LETTER_OR_DIGIT = re.compile(r"[^\W_]")
 
 
@@ -65,8 +58,8 @@ class Inventor:
             Kind.CARD: self._card,
             Kind.DATE: self._date,
             Kind.AGE: lambda value: re.sub(r"\d+", lambda _: str(self._rng.randint(18, 97)), value),
-            Kind.PHONE: self.shaped,
-            Kind.NUMBER: self.shaped,
+            Kind.PHONE: self._digits,
+            Kind.NUMBER: self._number,
             Kind.NATIONAL_ID: self.shaped,
             Kind.POSTCODE: self.shaped,
         }
@@ -90,7 +83,15 @@ class Inventor:
     def shaped(self, value: str) -> str:
         """Digits for digits, letters for letters of the same case; the first digit is not zero."""
         drawn = _LETTER_OR_DIGIT.sub(lambda found: self._like(found[0]), value)
-        return re.sub(r"\d", lambda found: self._pick("123456789"), drawn, count=1)
+        return re.sub(r"\d", lambda _: self._pick("123456789"), drawn, count=1)
+
+    def _digits(self, value: str) -> str:
+        """Digits for digits; the rest stays."""
+        drawn = re.sub(r"\d", lambda _: self._pick("0123456789"), value)
+        return re.sub(r"\d", lambda _: self._pick("123456789"), drawn, count=1)
+
+    def _number(self, value: str) -> str:
+        return self._digits(value) if _AMOUNT.search(value) else self.shaped(value)
 
     def _like(self, char: str) -> str:
         if char.isdigit():
@@ -107,10 +108,9 @@ class Inventor:
         return self._rng.choice(choices)
 
     def _stem(self, syllables: int) -> str:
-        """At least one syllable more than asked for, so that there are thousands."""
         parts = [
             self._pick(_ONSETS) + self._pick(_VOWELS) + (self._pick(_CODAS) if last else "")
-            for last in [False] * syllables + [True]
+            for last in [False] * (syllables - 1) + [True]
         ]
         return "".join(parts).capitalize()
 

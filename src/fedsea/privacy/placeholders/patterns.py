@@ -6,8 +6,9 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterator
 
-from fedsea.privacy.placeholders.invention import MONTHS, luhn
+from fedsea.privacy.placeholders.invention import luhn
 from fedsea.privacy.placeholders.spans import Kind, Span
+from fedsea.privacy.placeholders.words import MONTHS
 
 Check = Callable[[re.Match[str]], bool]
 
@@ -47,12 +48,13 @@ _MONTH = "|".join(
 _DAY = r"(?:0?[1-9]|[12]\d|3[01])"
 _YEAR = r"(?:1[89]|20)\d\d"
 _TIME = r"\d{1,2}:\d\d(?::\d\d)?(?:\.\d+)?(?:\s?[AaPp]\.?[Mm]\b\.?)?"
+_EXTENSION = r"(?:\s?(?:x|ext\.?)\s?\d{1,6})?"
 _TLD = r"[A-Za-z]{2,24}"
 _HOST = rf"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{{0,62}})\.){{1,8}}{_TLD}"
 
 _SHAPES: tuple[tuple[Kind, str, Check | None], ...] = (
     (Kind.EMAIL, rf"(?<![\w.+-])[\w.!#$%&'*+/=?^`{{|}}~-]{{1,64}}@{_HOST}\b", None),
-    (Kind.URL, rf"\b(?:https?|ftp)://[^\s<>\"]{{1,2000}}[^\s<>\".,;:!?')\]]", None),
+    (Kind.URL, r"\b(?:https?|ftp)://[^\s<>\"]{1,2000}[^\s<>\".,;:!?')\]]", None),
     (Kind.URL, rf"\bwww\.{_HOST}(?:/[^\s<>\"]{{0,500}}[^\s<>\".,;:!?')\]])?", None),
     (Kind.IP, r"(?<![\w.:])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]?\w)", _ip),
     (Kind.IP, r"(?<![\w.:])[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:])", _ip),
@@ -75,12 +77,12 @@ _SHAPES: tuple[tuple[Kind, str, Check | None], ...] = (
     (Kind.DATE, rf"(?<![\w.,/#-]){_YEAR}(?![\w/]|[.,-]\d)", None),
     (
         Kind.PHONE,
-        r"(?<![\w.])(?:\+|00)\d{1,3}(?:[ .-]?\(\d{1,4}\))?(?:[ ./-]{0,2}\d{1,5}){2,6}(?:\s?(?:x|ext\.?)\s?\d{1,6})?(?!\d)",
+        rf"(?<![\w.])(?:\+|00)\d{{1,3}}(?:[ .-]?\(\d{{1,4}}\))?(?:[ ./-]{{0,2}}\d{{1,5}}){{2,6}}{_EXTENSION}(?!\d)",
         _phone,
     ),
     (
         Kind.PHONE,
-        r"(?<![\w.])\(?0?\d{1,5}\)?(?:[ ./-]{1,2}\d{2,5}){1,5}(?:\s?(?:x|ext\.?)\s?\d{1,6})?(?![\d/-])",
+        rf"(?<![\w.])\(?0?\d{{1,5}}\)?(?:[ ./-]{{1,2}}\d{{2,5}}){{1,5}}{_EXTENSION}(?!\d|[/-]\d)",
         _phone,
     ),
     (Kind.PHONE, r"(?<![\w.])\(\d{2,5}\)[ ]?\d{3,4}[ .-]?\d{3,4}(?:x\d{1,6})?(?!\d)", _phone),
@@ -88,7 +90,8 @@ _SHAPES: tuple[tuple[Kind, str, Check | None], ...] = (
     (Kind.AGE, r"(?i)\b(?:age of|aged?|turn(?:ed|s)?) \d{1,3}(?: years old)?\b(?![.,]\d)", None),
     (
         Kind.POSTCODE,
-        r"(?i)\b(?:zip(?:[ -]?code)?|post(?:al)?[ -]?code|PLZ)\W{1,3}(?:is )?(?P<span>[A-Z0-9]{2,5}(?:[ -][A-Z0-9]{2,4})?\b)",
+        r"(?i)\b(?:zip|zip[ -]?code|post(?:al)?[ -]?code|PLZ)\W{1,3}(?:is )?"
+        r"(?P<span>(?=\S*\d|\S+ \d)[A-Z0-9]{2,5}(?:[ -](?=\S*\d)[A-Z0-9]{2,4})?\b)",
         None,
     ),
     (Kind.POSTCODE, r"\b[ABCEGHJ-NPRSTVXY]\d[A-Z][ -]?\d[A-Z]\d\b", None),

@@ -137,7 +137,7 @@ class Lexicon:
             node, end = following, end + 1
 
 
-class Undecided(Exception):  # noqa: N818 - it is an answer, not an error
+class Undecided(Exception):
     """More text may make or break a match."""
 
 

@@ -32,7 +32,7 @@ _SURNAME = "name:surname"
 _PARTICLES = frozenset("al bin da de del della den der di do dos du el la le van von y zu".split())
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class _Mapping:
     """What stands for what; `values` is one to one from substitutes to values as they were written.
 
@@ -147,8 +147,10 @@ class Substitution:
     def _closed(
         self, text: str, found: list[Span], draft: _Mapping, *, whole_words: bool
     ) -> list[Span]:
-        """All spans to replace, with their substitutes drawn: what was found, every other mention
-        of a known value, and what only looks like a substitute because the text says so itself.
+        """All spans to replace, with their substitutes drawn.
+
+        They are what was found, every other mention of a known value, and what only looks like a
+        substitute because the text says so itself.
         """
         spans = found
         while True:
@@ -175,7 +177,7 @@ class Substitution:
     def _in_other_case(self, draft: _Mapping, kind: str, value: str) -> str | None:
         """The substitute of the same value in other letters, in these letters."""
         base = draft.bases.get((kind, fold(value)))
-        if base is None:
+        if base is None or self._tags:
             return None
         for convert in (str.upper, str.lower, str.title):
             if convert(base[0]) == value and convert(base[1]) not in draft.values:
@@ -209,7 +211,7 @@ class Substitution:
     def _fresh(self, draft: _Mapping, kind: str, value: str) -> str:
         for _ in range(0 if self._tags else _DRAWS):
             drawn = self._inventor.substitute(kind, value)
-            if value.isupper():
+            if value.isupper() and len(value) > 1:
                 drawn = drawn.upper()
             if drawn != value and self._is_new(draft, drawn):
                 return drawn
