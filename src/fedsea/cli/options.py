@@ -22,6 +22,7 @@ from fedsea.errors import ConfigError
 if TYPE_CHECKING:
     from fedsea.client.llm import LLM
     from fedsea.client.sampling import SamplingParams
+    from fedsea.privacy.attestation import Verifier
     from fedsea.transport.credentials import ClientTLS, Plaintext
     from fedsea.transport.recording import Observer
 
@@ -146,6 +147,15 @@ class ConnectionOptions:
         bool,
         typer.Option("--plaintext", help="No TLS; on loopback only.", rich_help_panel=_CONNECTION),
     ] = False
+    attestation_policy: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML file; send nothing to a server that does not prove to run what it lists.",
+            envvar="FEDSEA_ATTESTATION_POLICY",
+            show_default=False,
+            rich_help_panel=_CONNECTION,
+        ),
+    ] = None
 
     @property
     def addresses(self) -> list[str]:
@@ -179,6 +189,23 @@ class ConnectionOptions:
             )
         ca, cert, key = (given or default for given, default in zip(single, found, strict=True))
         return ClientTLS(ca, cert, key, token=token, server_name=self.server_name)
+
+    def verifier(self) -> Verifier | None:
+        """Who decides whether a server may get anything; None when no proof is demanded.
+
+        Raises:
+            ConfigError: the policy cannot be used, or there is no TLS to bind a proof to.
+        """
+        if self.attestation_policy is None:
+            return None
+        if self.plaintext:
+            raise ConfigError(
+                "--attestation-policy is given beside --plaintext: a proof is bound to a TLS key, "
+                "use certificates"
+            )
+        from fedsea.privacy.attestation import TokenVerifier
+
+        return TokenVerifier.from_file(self.attestation_policy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +260,7 @@ class ClientModelOptions:
         observer: Observer,
     ) -> LLM:
         """Load the parts and find a server; `observer` sees all messages."""
-        credentials = connection.credentials()
+        credentials, verifier = connection.credentials(), connection.verifier()
         from fedsea.transport.grpc_client import GrpcChannel
         from fedsea.transport.recording import RecordingChannel
 
@@ -259,6 +286,7 @@ class ClientModelOptions:
             quantization=self.quantization.value,
             compile=self.compile,
             on_notice=on_notice,
+            verifier=verifier,
         )
 
 

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from tests.signing_service import SigningService
 
 from fedsea.cli import options
 from fedsea.cli.options import (
@@ -18,6 +19,7 @@ from fedsea.cli.options import (
 from fedsea.client.llm import LLM
 from fedsea.client.sampling import SamplingParams
 from fedsea.errors import ConfigError
+from fedsea.privacy.attestation import TokenVerifier
 from fedsea.server.config import DTYPES, QUANTIZATIONS, ServerSection
 from fedsea.transport.certificates import init_ca, issue_client
 from fedsea.transport.credentials import ClientTLS, Plaintext
@@ -132,3 +134,26 @@ def test_environment_names_the_server(fedsea, monkeypatch, certs, tmp_path):
 
     assert result.exit_code == 2
     assert "'nowhere' is not an address" in result.stderr
+
+
+def test_no_proof_is_demanded_unless_a_policy_is_given():
+    """The mode attested is chosen, not a default."""
+    assert ConnectionOptions().verifier() is None
+
+
+def test_an_attestation_policy(tmp_path):
+    """The file makes the verifier; a mistake in it is told before anything is loaded."""
+    service = SigningService()
+    policy = service.write_policy(tmp_path)
+    verifier = ConnectionOptions(attestation_policy=policy).verifier()
+    assert isinstance(verifier, TokenVerifier)
+    assert verifier.policy.algorithms == (service.algorithm,)
+    service.write_policy(tmp_path, isuer='"x"')
+    with pytest.raises(ConfigError, match="isuer is no key"):
+        ConnectionOptions(attestation_policy=policy).verifier()
+
+
+def test_an_attestation_policy_without_tls(tmp_path):
+    """There is no key to bind a proof to."""
+    with pytest.raises(ConfigError, match="beside --plaintext"):
+        ConnectionOptions(plaintext=True, attestation_policy=tmp_path / "p.toml").verifier()

@@ -52,6 +52,15 @@ def test_every_option_reaches_its_setting(configured):
     assert (config.log.format, config.log.level) == ("json", "debug")
 
 
+def test_an_attestation_command(configured, fedsea):
+    """It is taken apart as a shell would, which never sees it; an open quotation is told."""
+    config = configured("m", "--plaintext", "--attestation-command", "/opt/quote --kind 'a b'")
+    assert config.attestation.command == ("/opt/quote", "--kind", "a b")
+    result = fedsea("serve", "m", "--attestation-command", "/opt/quote 'a")
+    assert result.exit_code == ConfigError.exit_code
+    assert "open quotation" in result.stderr
+
+
 def test_every_option_has_a_key(configured):
     """No option of the group is left out of the mapping to sections."""
     sections = {entry.name: entry for entry in fields(ServerConfig)}
