@@ -26,6 +26,7 @@ _ROUNDING = 1e-13
 
 _TILTS = np.geomspace(1e-3, 1e3, 200)
 _MOST_POINTS = 1 << 24
+_MOST_SAMPLES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -118,34 +119,34 @@ def _normalized(step: float, lowest: int, masses: Floats, infinite: float) -> Lo
     return LossDistribution(step, lowest, tuple(scaled.tolist()), infinite)
 
 
-def dominating(step: float, lowest: int, deltas: Sequence[float]) -> LossDistribution:
-    """The least law on the grid that dominates a curve known at grid points.
+def dominating(step: float, deltas: Sequence[float]) -> LossDistribution:
+    """The least law on the grid that dominates a symmetric curve known at grid points.
 
-    delta is convex in e^epsilon, so the chords between known points (and from delta = 1 at
-    epsilon = -infinity to the first) lie on or above it; the masses are the changes of slope
-    ("connect the dots", Doroshenko et al., arXiv 2207.04380).
+    delta is convex in e^epsilon, so the chords between known points lie on or above it; the masses
+    are the changes of slope ("connect the dots", Doroshenko et al., arXiv 2207.04380). In a
+    symmetric pair the mass at -l is e^-l times the mass at l, which also avoids the differences of
+    numbers close to 1 at negative epsilon.
 
     Args:
         step: distance of the points.
-        lowest: the first point is lowest * step.
-        deltas: falling values of the curve.
+        deltas: falling values of the curve at 0, step, 2 step and so on. What the last one leaves
+            counts as infinite.
     """
     values = np.minimum.accumulate(np.clip(np.asarray(deltas, dtype=np.float64), 0.0, 1.0))
     falls = -np.diff(values)
-    leaving = np.append(falls / math.expm1(step), 0.0)
-    arriving = np.insert(falls / -math.expm1(-step), 0, 1 - values[0])
-    masses = np.maximum(arriving - leaving, 0.0)
+    leaving = np.append(falls[1:] / math.expm1(step), 0.0)
+    above = np.maximum(falls / -math.expm1(-step) - leaving, 0.0)
+    below = above * np.exp(-step * np.arange(1, len(above) + 1, dtype=np.float64))
     infinite = float(values[-1])
-    total = float(masses.sum())
-    scaled = masses * ((1 - infinite) / total) if total > 0 else masses
-    return LossDistribution(step, lowest, tuple(scaled.tolist()), infinite)
+    middle = max(0.0, 1 - infinite - math.fsum(above) - math.fsum(below))
+    masses = np.concatenate([below[::-1], [middle], above])
+    masses *= (1 - infinite) / max(masses.sum(), np.finfo(np.float64).tiny)
+    return LossDistribution(step, -len(above), tuple(masses.tolist()), infinite)
 
 
-def sampled(
-    delta: Callable[[float], float], step: float, low: float, high: float
-) -> LossDistribution:
-    """`dominating` for a curve given as a function, between two epsilons."""
-    first, last = math.floor(low / step), math.ceil(high / step)
-    if last - first > _MOST_POINTS // 16:
+def sampled(delta: Callable[[float], float], step: float, reach: float) -> LossDistribution:
+    """`dominating` for a curve given as a function, up to the epsilon `reach`."""
+    count = math.ceil(reach / step)
+    if count > _MOST_SAMPLES:
         raise ConfigError("these losses differ too much in size to be composed on one grid")
-    return dominating(step, first, [delta(i * step) for i in range(first, last + 1)])
+    return dominating(step, [delta(index * step) for index in range(count + 1)])

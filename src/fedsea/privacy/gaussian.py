@@ -14,7 +14,7 @@ from fedsea.errors import ConfigError
 from fedsea.privacy.clipping import Clipping, checked_rows, clip
 from fedsea.privacy.gaussian_loss import GaussianLoss, gaussian_mu
 from fedsea.privacy.grid import grid_step, on_grid
-from fedsea.privacy.mechanism import Mechanism, positive
+from fedsea.privacy.mechanism import Mechanism, number_text, positive
 from fedsea.privacy.noise import NoiseSource
 
 
@@ -103,7 +103,7 @@ class Gaussian(Mechanism):
         return _score(seen, away * factors[:, None], self.sigma)
 
     def parameters(self) -> dict[str, str]:
-        text = {"clip_norm": f"{self.clip_norm:.17g}", "mu": f"{self.mu:.17g}"}
+        text = {"clip_norm": number_text(self.clip_norm), "mu": number_text(self.mu)}
         text["by"] = self.by.value
         if self.center is not None:
             text["center"] = center_fingerprint(self.center)
@@ -157,9 +157,9 @@ class FedSEAGaussian(Mechanism):
         return _score(released, self._clipped(clean.to(torch.float64)), self.sigma)
 
     def parameters(self) -> dict[str, str]:
-        text = {"scale": f"{self.noise_scale:.17g}"}
+        text = {"scale": number_text(self.noise_scale)}
         if self.clip_norm is not None:
-            text["clip_norm"] = f"{self.clip_norm:.17g}"
+            text["clip_norm"] = number_text(self.clip_norm)
         return text
 
     def describe(self) -> str:

@@ -128,6 +128,11 @@ class Mechanism(ABC):
         return hash(self.spec())
 
 
+def number_text(value: float) -> str:
+    """A number in a spec: the shortest text that reads back as the same one."""
+    return repr(value).removesuffix(".0")
+
+
 def positive(name: str, value: float) -> None:
     """A parameter that must be a finite number above 0.
 

@@ -21,7 +21,7 @@ from fedsea.errors import ConfigError
 from fedsea.privacy.clipping import checked_rows, clip_rows
 from fedsea.privacy.grid import grid_step, on_grid
 from fedsea.privacy.losses import DiscreteLoss
-from fedsea.privacy.mechanism import Mechanism, checked_width, positive
+from fedsea.privacy.mechanism import Mechanism, checked_width, number_text, positive
 from fedsea.privacy.metric_loss import metric_loss
 from fedsea.privacy.noise import NoiseSource
 from fedsea.privacy.rays import log_ray_mass
@@ -104,9 +104,9 @@ class MetricDP(Mechanism):
         return log_ray_mass(seen / norm, means, self.clip_norm, self.eta)
 
     def parameters(self) -> dict[str, str]:
-        text = {"eta": f"{self.eta:.17g}"}
+        text = {"eta": number_text(self.eta)}
         if self.clip_norm is not None:
-            text["clip_norm"] = f"{self.clip_norm:.17g}"
+            text["clip_norm"] = number_text(self.clip_norm)
         if self.width is not None:
             text["width"] = str(self.width)
         return text

@@ -26,7 +26,7 @@ from scipy import special
 from fedsea.privacy.discrete_loss import DiscreteLoss
 from fedsea.privacy.distribution import LossDistribution, dominating
 
-_CELLS = 1000
+_CELLS = 600
 _RADII = 64
 _REACH = 12.0  # in standard deviations of the loss
 _TAIL = 1e-16
@@ -44,16 +44,13 @@ def metric_loss(eta: float, radius: float, width: int) -> DiscreteLoss:
 def _distribution(reach: float, width: int) -> LossDistribution:
     """The dominating law for two inputs at distance reach / eta."""
     mu = reach / math.sqrt(width)
-    end = min(reach, mu * mu / 2 + _REACH * mu)
-    step = 2 * end / _CELLS
-    lowest = -_CELLS // 2
-    return dominating(step, lowest, _deltas(reach, width, step, lowest).tolist())
+    step = min(reach, mu * mu / 2 + _REACH * mu) / _CELLS
+    return dominating(step, _deltas(reach, width, step).tolist())
 
 
-def _deltas(reach: float, width: int, step: float, lowest: int) -> NDArray[np.float64]:
-    """delta at the grid points, by Simpson's rule from the top down."""
-    halves = np.arange(2 * lowest, 2 * lowest + 2 * _CELLS + 1, dtype=np.float64) * (step / 2)
-    tails = _tail(halves, reach, width)
+def _deltas(reach: float, width: int, step: float) -> NDArray[np.float64]:
+    """delta at 0, step, ... by Simpson's rule from the top down."""
+    tails = _tail(np.arange(2 * _CELLS + 1, dtype=np.float64) * (step / 2), reach, width)
     left, middle, right = tails[:-2:2], tails[1:-1:2], tails[2::2]
     cells = step / 6 * (left + 4 * math.exp(-step / 2) * middle + math.exp(-step) * right)
     deltas = np.empty(_CELLS + 1)
@@ -64,13 +61,12 @@ def _deltas(reach: float, width: int, step: float, lowest: int) -> NDArray[np.fl
 
 
 def _tail(losses: NDArray[np.float64], reach: float, width: int) -> NDArray[np.float64]:
-    """P[L >= l] for noise of rate 1 and distance `reach`."""
+    """P[L >= l], l >= 0, for noise of rate 1 and distance `reach`."""
     radii, weights = _radii(width)
     r, loss = radii[None, :], losses[:, None]
     cosine = (reach * reach - 2 * r * loss - loss * loss) / (2 * r * reach)
     shape = (width - 1) / 2
     below = special.betainc(shape, shape, np.clip((1 + cosine) / 2, 0.0, 1.0))
-    below[(r + loss < 0) & (losses[:, None] <= reach)] = 1.0
     return np.asarray(below @ weights)
 
 

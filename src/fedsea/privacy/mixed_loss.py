@@ -39,7 +39,7 @@ class MixedLoss(PrivacyLoss):
         total = LossDistribution(step, 0, (1.0,))
         for part, reach in zip(self.parts, reaches, strict=True):
             if reach > 0:
-                total = total.plus(sampled(part.delta, step, -reach, reach))
+                total = total.plus(sampled(part.delta, step, reach))
         return total
 
     def delta(self, epsilon: float) -> float:

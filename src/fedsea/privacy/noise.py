@@ -59,7 +59,9 @@ class NoiseSource:
         self._process = os.getpid()
 
     def bits(self, count: int) -> bytes:
-        """`count` random bytes."""
+        """`count` random bytes; at most 4 GiB at once."""
+        if count > _BYTES_PER_KEY:
+            raise ConfigError(f"{count} random bytes at once; ask for fewer rows at a time")
         with self._lock:
             if self._left < count or self._process != os.getpid():
                 self._rekey()

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedsea.errors import ConfigError
 from fedsea.privacy.clipping import checked_rows
 from fedsea.privacy.losses import BinomialLoss, DiscreteLoss, LossDistribution
-from fedsea.privacy.mechanism import Mechanism, checked_width, positive
+from fedsea.privacy.mechanism import Mechanism, checked_width, number_text, positive
 from fedsea.privacy.noise import NoiseSource
 
 _MOST_BITS = 8
@@ -86,7 +86,7 @@ class StochasticQuantization(Mechanism):
         """gamma of theorem 4.2: f(a) >= G_mu(a + gamma) - gamma; usually far above any delta."""
         ratio = self.clip / self.scale
         moments = (1 - ratio) / 2 * (1 + ratio) ** 3 + (1 + ratio) / 2 * (1 - ratio) ** 3
-        spread = (1 - ratio**2) ** 1.5 * math.sqrt(self.levels * self.width)
+        spread: float = (1 - ratio**2) ** 1.5 * math.sqrt(self.levels * self.width)
         return _BERRY_ESSEEN * moments / spread
 
     def log_likelihood(self, released: Tensor, clean: Tensor) -> Tensor:
@@ -97,8 +97,8 @@ class StochasticQuantization(Mechanism):
     def parameters(self) -> dict[str, str]:
         return {
             "bits": str(self.bits),
-            "clip": f"{self.clip:.17g}",
-            "mu": f"{self.mu:.17g}",
+            "clip": number_text(self.clip),
+            "mu": number_text(self.mu),
             "width": str(self.width),
         }
 
@@ -191,9 +191,9 @@ class Ternary(Mechanism):
 
     def parameters(self) -> dict[str, str]:
         return {
-            "clip": f"{self.clip:.17g}",
-            "mu": f"{self.mu:.17g}",
-            "sparsity": f"{self.sparsity:.17g}",
+            "clip": number_text(self.clip),
+            "mu": number_text(self.mu),
+            "sparsity": number_text(self.sparsity),
             "width": str(self.width),
         }
 
