@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +20,7 @@ from fedsea.cli.options import (
     SamplingOptions,
     flattened,
 )
+from fedsea.cli.placeholders import PlaceholderOptions, show_substituted
 from fedsea.errors import PromptTooLong
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def chat(
     connection: ConnectionOptions,
     parts: ClientModelOptions,
     sampling: SamplingOptions,
+    replacing: PlaceholderOptions,
     system: Annotated[
         str | None, typer.Option(help="System message that opens it.", show_default=False)
     ] = None,
@@ -52,10 +54,10 @@ def chat(
 
     One line is one turn. Ctrl-C stops an answer; Ctrl-D or /quit ends. Works in a pipe too.
     """
-    params = sampling.params()
+    params, placeholders = sampling.params(), replacing.chosen()
     recorder = quiet_recorder()
     with screen.loading(f"loading {Path(model).name}"):
-        llm = parts.connect(model, connection, screen.notice, recorder)
+        llm = parts.connect(model, connection, screen.notice, recorder, placeholders)
         from fedsea.client.sessions import Chat
 
     with llm:
@@ -73,6 +75,7 @@ class _Repl:
     params: SamplingParams
     recorder: Recorder
     last: str = "nothing was said yet"
+    substituted: Mapping[str, int] = field(default_factory=dict)
 
     def run(self) -> None:
         interactive = sys.stdin.isatty()
@@ -114,6 +117,9 @@ class _Repl:
         except PromptTooLong as error:
             screen.fail(f"{error} (/undo or /reset makes room)")
             return
+        if completion.substituted != self.substituted:
+            show_substituted(completion.substituted, self.substituted)
+            self.substituted = completion.substituted
         self.last = (
             f"{completion.prompt_tokens} new tokens in, {len(completion.token_ids)} out; "
             f"first token after {screen.seconds_text(completion.timing.first_token)}, then "

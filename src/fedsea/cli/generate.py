@@ -19,6 +19,7 @@ from fedsea.cli.options import (
     SamplingOptions,
     flattened,
 )
+from fedsea.cli.placeholders import PlaceholderOptions, show_substituted
 from fedsea.errors import RequestError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def generate(
     connection: ConnectionOptions,
     parts: ClientModelOptions,
     sampling: SamplingOptions,
+    replacing: PlaceholderOptions,
     prompt: Annotated[
         str | None,
         typer.Argument(help="Text to continue; without it, standard input.", show_default=False),
@@ -49,7 +51,7 @@ def generate(
     Text goes to standard output as it comes; notices and figures go to standard error.
     """
     text = read_prompt(prompt)
-    params = sampling.params(n)
+    params, placeholders = sampling.params(n), replacing.chosen()
     recorder, notices = quiet_recorder(), []
 
     def take_notice(line: str) -> None:
@@ -57,7 +59,7 @@ def generate(
         screen.notice(line)
 
     with screen.loading(f"loading {Path(model).name}"):
-        llm = parts.connect(model, connection, take_notice, recorder)
+        llm = parts.connect(model, connection, take_notice, recorder, placeholders)
     with llm:
         completion = (
             llm.generate(text, params) if as_json or n > 1 else show_stream(llm, text, params)
@@ -66,6 +68,8 @@ def generate(
         screen.write_json({**summary(completion, recorder), "notices": notices})
     elif n > 1:
         _show_samples(completion)
+    if placeholders is not None and not as_json:
+        show_substituted(completion.substituted)
     if stats:
         show_stats(completion, recorder)
 
@@ -125,6 +129,7 @@ def summary(completion: Completion, recorder: Recorder) -> dict[str, Any]:
         "token_ids": completion.token_ids,
         "samples": [asdict(sample) for sample in completion.samples],
         "prompt_tokens": completion.prompt_tokens,
+        "substituted": dict(completion.substituted),
         "first_token_seconds": round(completion.timing.first_token, 6),
         "seconds": round(completion.timing.total, 6),
         "tokens_per_second": round(completion.tokens_per_second, 3),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fedsea.client.llm import LLM
     from fedsea.client.sampling import SamplingParams
     from fedsea.privacy.attestation import Verifier
+    from fedsea.privacy.placeholders.config import Placeholders
     from fedsea.transport.credentials import ClientTLS, Plaintext
     from fedsea.transport.recording import Observer
 
@@ -258,6 +259,7 @@ class ClientModelOptions:
         connection: ConnectionOptions,
         on_notice: Callable[[str], None],
         observer: Observer,
+        placeholders: Placeholders | None = None,
     ) -> LLM:
         """Load the parts and find a server; `observer` sees all messages."""
         credentials, verifier = connection.credentials(), connection.verifier()
@@ -286,6 +288,7 @@ class ClientModelOptions:
             quantization=self.quantization.value,
             compile=self.compile,
             on_notice=on_notice,
+            placeholders=placeholders,
             verifier=verifier,
         )
 
