@@ -164,6 +164,7 @@ def train_projection(
     with _progress("training the projection") as on_progress:
         from fedsea.evaluation import projection_training
         from fedsea.evaluation.training import state_file
+        from fedsea.privacy.registry import mechanism_from_spec
 
         recipe = projection_training.Recipe(
             width,
@@ -175,7 +176,7 @@ def train_projection(
         frozen, public = _open(model, bottom, 0, text, training.window)
         state = state_file(out)
         done = projection_training.train_projection(
-            frozen, public, recipe, _mechanism(mechanism), state, on_progress
+            frozen, public, recipe, mechanism_from_spec(mechanism, width=width), state, on_progress
         )
     done.projection.save(out)
     if halves:
@@ -268,21 +269,18 @@ def _projection(file: Path | None, frozen: FrozenModel) -> Projection | None:
 
 
 def _mechanism(
-    spec: str,
-    calibration: Path | None = None,
-    frozen: FrozenModel | None = None,
-    pair: Projection | None = None,
+    spec: str, calibration: Path | None, frozen: FrozenModel, pair: Projection | None
 ) -> Mechanism | None:
     from fedsea.privacy.calibration import Calibration
     from fedsea.privacy.registry import mechanism_from_spec
 
-    if calibration is None or frozen is None:
-        return mechanism_from_spec(spec)
-    found = Calibration.load(calibration)
     width = frozen.checkpoint.hidden_size if pair is None else pair.width
+    if calibration is None:
+        return mechanism_from_spec(spec, width=width)
+    found = Calibration.load(calibration)
     projection = "" if pair is None else pair.fingerprint()
     found.check_fits(width, frozen.partition.bottom, frozen.fingerprint, projection)
-    return mechanism_from_spec(spec, found.mean)
+    return mechanism_from_spec(spec, found.mean, width)
 
 
 def _show(out: Path, fingerprint: str, rows: dict[str, Any], as_json: bool) -> None:

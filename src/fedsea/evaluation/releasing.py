@@ -17,7 +17,9 @@ from fedsea.model.projection import Projection
 from fedsea.privacy.clipping import Clipping
 from fedsea.privacy.gaussian import FedSEAGaussian, Gaussian
 from fedsea.privacy.mechanism import Mechanism
+from fedsea.privacy.metric import MetricDP
 from fedsea.privacy.noise import NoiseSource
+from fedsea.privacy.quantization import StochasticQuantization, Ternary
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +96,10 @@ class Clip:
         match mechanism:
             case Gaussian(clip_norm=radius, by=by, center=center):
                 return cls(radius, (-1,) if by is Clipping.ROW else (-2, -1), center)
-            case FedSEAGaussian(clip_norm=float(radius)):
+            case FedSEAGaussian(clip_norm=float(radius)) | MetricDP(clip_norm=float(radius)):
                 return cls(radius)
+            case StochasticQuantization(clip=radius) | Ternary(clip=radius):
+                return cls(radius, ())
             case _:
                 return cls()
 
