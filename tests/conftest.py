@@ -74,7 +74,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def memory_config(model: Path, **sections: dict[str, Any]) -> ServerConfig:
+def memory_config(model: Path, /, **sections: dict[str, Any]) -> ServerConfig:
     """Settings of a server in this process; `sections` are tables of its configuration file."""
     table: dict[str, dict[str, Any]] = {
         "server": {"model": str(model), "address": "127.0.0.1:0"},

@@ -167,7 +167,7 @@ class Protection:
         chosen: Mechanism | None
         if isinstance(self.mechanism, str):
             center = None if calibration is None else calibration.mean
-            chosen = mechanism_from_spec(self.mechanism, center)
+            chosen = mechanism_from_spec(self.mechanism, center, width)
         else:
             chosen = self.mechanism
         if chosen is None:
@@ -311,7 +311,7 @@ class Spent:
         return (
             f"mu {loss.mu():.4g}, epsilon {loss.epsilon(self.delta):.4g} at delta "
             f"{self.delta:g}, recovery of a token at most "
-            f"{loss.recovery_bound(SHOWN_PRIOR):.3%} where a guess is right {SHOWN_PRIOR:.0%} "
+            f"{loss.recovery_bound(SHOWN_PRIOR):.2%} where a guess is right {SHOWN_PRIOR:.0%} "
             "of the time"
         )
 

@@ -215,10 +215,10 @@ class SplitSession:
                 before any of it is sent. The session can be used on.
             FedseaError: what ended the session.
         """
-        if self._protector is not None:
-            self._protector.reserve_ahead(sequence, ids.tolist(), PREFILL_CHUNK)
         if len(ids) == 1 and keep == 1:
             return await self._step(sequence, ids, sampler)
+        if self._protector is not None:
+            self._protector.reserve_ahead(sequence, ids.tolist(), PREFILL_CHUNK)
         chunks = deque(ids.split(PREFILL_CHUNK))
         coming: deque[tuple[int, asyncio.Future[Tensor]]] = deque()
         unread = unsent = len(ids)
