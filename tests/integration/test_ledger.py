@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -68,7 +68,7 @@ class Child:
 
 
 @pytest.fixture
-def start() -> Iterator:
+def start() -> Iterator[Callable[[str, Path], Child]]:
     """Start processes that end with the test."""
     children: list[Child] = []
 

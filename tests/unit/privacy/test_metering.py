@@ -6,13 +6,14 @@ from hypothesis import strategies as st
 
 from fedsea.errors import BudgetExceeded, ConfigError
 from fedsea.privacy.accounts import Budget
+from fedsea.privacy.clipping import Clipping
 from fedsea.privacy.gaussian import Gaussian
 from fedsea.privacy.ledger import Ledger
 from fedsea.privacy.mechanism import Unit
 from fedsea.privacy.metering import BLOCK, SessionMeter
 
 ONE = Gaussian(clip_norm=1.0, mu=1.0)
-CHUNK = Gaussian(clip_norm=1.0, mu=1.0, by="frobenius")
+CHUNK = Gaussian(clip_norm=1.0, mu=1.0, by=Clipping.FROBENIUS)
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_a_session_costs_its_most_released_position(tmp_path_factory, messages):
     """Unit token: whatever is sent in whatever order, the charge is the largest count."""
     with Ledger.open(tmp_path_factory.mktemp("law") / "privacy.ledger") as ledger:
         account = ledger.account("acme", Unit.TOKEN, ONE)
-        counts = {}
+        counts: dict[tuple[int, int], int] = {}
         with SessionMeter(account) as meter:
             for start, count, sequence in messages:
                 meter.reserve_positions(start, count, sequence)
