@@ -44,13 +44,14 @@ def metric_loss(eta: float, radius: float, width: int) -> DiscreteLoss:
 def _distribution(reach: float, width: int) -> LossDistribution:
     """The dominating law for two inputs at distance reach / eta."""
     mu = reach / math.sqrt(width)
-    step = min(reach, mu * mu / 2 + _REACH * mu) / _CELLS
-    return dominating(step, _deltas(reach, width, step).tolist())
+    end = min(reach, mu * mu / 2 + _REACH * mu)
+    return dominating(end / _CELLS, _deltas(reach, width, end).tolist())
 
 
-def _deltas(reach: float, width: int, step: float) -> NDArray[np.float64]:
-    """delta at 0, step, ... by Simpson's rule from the top down."""
-    tails = _tail(np.arange(2 * _CELLS + 1, dtype=np.float64) * (step / 2), reach, width)
+def _deltas(reach: float, width: int, end: float) -> NDArray[np.float64]:
+    """delta at 0, end / cells, ... end, by Simpson's rule from the top down."""
+    step = end / _CELLS
+    tails = _tail(np.linspace(0.0, end, 2 * _CELLS + 1), reach, width)
     left, middle, right = tails[:-2:2], tails[1:-1:2], tails[2::2]
     cells = step / 6 * (left + 4 * math.exp(-step / 2) * middle + math.exp(-step) * right)
     deltas = np.empty(_CELLS + 1)
@@ -64,9 +65,9 @@ def _tail(losses: NDArray[np.float64], reach: float, width: int) -> NDArray[np.f
     """P[L >= l], l >= 0, for noise of rate 1 and distance `reach`."""
     radii, weights = _radii(width)
     r, loss = radii[None, :], losses[:, None]
-    cosine = (reach * reach - 2 * r * loss - loss * loss) / (2 * r * reach)
+    share = (reach - loss) * (reach + loss + 2 * r) / (4 * r * reach)  # (1 + cosine) / 2
     shape = (width - 1) / 2
-    below = special.betainc(shape, shape, np.clip((1 + cosine) / 2, 0.0, 1.0))
+    below = special.betainc(shape, shape, np.clip(share, 0.0, 1.0))
     return np.asarray(below @ weights)
 
 
