@@ -16,6 +16,7 @@ if _typing.TYPE_CHECKING:
     from fedsea.client.sessions import Chat, Session
     from fedsea.errors import FedseaError
     from fedsea.model.partition import Partition
+    from fedsea.privacy.placeholders.config import Placeholders
     from fedsea.transport.credentials import ClientTLS, Plaintext
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "FinishReason",
     "Partition",
     "Patience",
+    "Placeholders",
     "Plaintext",
     "Sample",
     "SamplingParams",
@@ -46,6 +48,7 @@ _HOMES = {
     "FinishReason": "fedsea.client.sampling",
     "Partition": "fedsea.model.partition",
     "Patience": "fedsea.client.remote",
+    "Placeholders": "fedsea.privacy.placeholders.config",
     "Plaintext": "fedsea.transport.credentials",
     "Sample": "fedsea.client.generation",
     "SamplingParams": "fedsea.client.sampling",

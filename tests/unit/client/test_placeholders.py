@@ -66,7 +66,8 @@ def connect(make_split):
 
     def make(mode: str = "pseudonym", **options) -> LLM:
         chosen = Placeholders(mode=mode, rng=random.Random(3), **options)
-        return make_split(placeholders=chosen).llm
+        llm: LLM = make_split(placeholders=chosen).llm
+        return llm
 
     return make
 
