@@ -9,7 +9,8 @@ from scipy import special
 from torch import Tensor
 
 _NODES = 64
-_BISECTIONS = 40
+_PEAK_BISECTIONS = 40
+_END_BISECTIONS = 16
 _E_FOLDS = 40.0
 
 
@@ -58,7 +59,7 @@ class _Integrand:
         """Where it is greatest: the root of power / r = eta (r - along) / distance."""
         low = self.along.clamp_min(0.0)
         high = 2 * self.power / self.eta + 2 * (self.along.abs() + self.across.sqrt())
-        for _ in range(_BISECTIONS):
+        for _ in range(_PEAK_BISECTIONS):
             r = (low + high) / 2
             distance = ((r - self.along).square() + self.across).sqrt()
             rising = self.power * distance > self.eta * r * (r - self.along)
@@ -75,7 +76,7 @@ class _Integrand:
     def crossing(self, outer: Tensor, peak: Tensor, floor: Tensor) -> Tensor:
         """Where it rises over `floor` between `outer` and the peak; `outer` if it is over there."""
         low, high = outer, peak
-        for _ in range(_BISECTIONS):
+        for _ in range(_END_BISECTIONS):
             r = (low + high) / 2
             under = self.log(r) < floor
             low, high = torch.where(under, r, low), torch.where(under, high, r)
