@@ -20,10 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from fedsea.cli.app import app
+from fedsea.client.protection import PLAIN
 from fedsea.demo import CHAT_PROMPT, PROMPTS, model_path
 from fedsea.demo.trunk_process import TrunkProcess
 from fedsea.demo.unsplit import tokens
 from fedsea.errors import DeadlineExceeded, TransportError
+from fedsea.privacy.gaussian_loss import GaussianLoss
 from fedsea.transport import certificates
 from fedsea.transport.certificates import init_ca, issue_client, issue_server
 
@@ -127,13 +129,13 @@ def failure(result) -> tuple[int, str]:
 
 
 def test_generate_streams_the_text_of_the_unsplit_model(provider, model, tokenizer):
-    """Standard output is the answer and nothing else; standard error is empty."""
+    """Standard output is the answer and nothing else; standard error says the mode."""
     process = started("generate", model, PROMPT, *provider.options, "--max-new-tokens", 40)
     text, errors = process.communicate(timeout=60)
     ids = tokenizer(PROMPT).input_ids
     expected = tokenizer.decode(ids + unsplit(ids, model, 40), skip_special_tokens=True)
 
-    assert (process.returncode, errors) == (0, "")
+    assert (process.returncode, errors) == (0, f"mode plain: {PLAIN}\n")
     assert PROMPT + text.removesuffix("\n") == expected
 
 
@@ -148,6 +150,42 @@ def test_generate_reads_a_pipe_and_writes_json(provider, model, tokenizer):
     assert found["token_ids"] == unsplit(tokenizer(PROMPT).input_ids, model, 12)
     assert found["notices"] == []
     assert found["wire"]["up"]["messages"] >= 12
+
+
+NOISY = "gaussian:clip_norm=20,mu=100"
+
+
+def test_generate_says_what_noise_costs(provider, model, tmp_path):
+    """With a mechanism the mode, the charges and what is left are said; a full budget ends it."""
+    ledger = tmp_path / "privacy.ledger"
+    arguments = [
+        "generate", model, PROMPT, *provider.options, "--max-new-tokens", 4, "--ignore-eos",
+        "--mechanism", NOISY, "--ledger", ledger,
+    ]  # fmt: skip
+    result = fedsea(*arguments, "--epsilon", 90_000)
+    mode, *_, charges = result.stderr.splitlines()
+
+    assert result.exit_code == 0, result.stderr
+    epsilon = GaussianLoss(100.0).epsilon(1e-5)
+    start = f"mode noisy: {NOISY},by=row; one release: mu 100, epsilon {epsilon:.4g} at"
+    assert mode.startswith(start)
+    assert mode.endswith("budget epsilon 90000 at delta 1e-05")
+    assert "releases charged, unit prompt: mu " in charges
+    found = json.loads(fedsea(*arguments, "--json").stdout)
+    assert found["mode"] == "noisy"
+    assert found["privacy"]["releases"] == found["privacy"]["mu"] ** 2 / 100**2
+    exit_code, message = failure(fedsea(*arguments, "--max-new-tokens", 300, "--json"))
+    assert exit_code == 8
+    assert "do not fit into the budget epsilon 90000" in message
+
+
+def test_options_of_privacy_that_do_not_fit(provider, model, tmp_path):
+    """A mechanism that is unknown, and options without one, end with one line."""
+    start = ["generate", model, PROMPT, *provider.options]
+    exit_code, message = failure(fedsea(*start, "--mechanism", "whitening"))
+    assert (exit_code, "known: plain, gaussian" in message) == (2, True)
+    exit_code, message = failure(fedsea(*start, "--record", "r"))
+    assert (exit_code, "--record is given without a mechanism" in message) == (2, True)
 
 
 def test_generate_shows_figures_and_samples(provider, model):

@@ -21,7 +21,8 @@ from fedsea.cli.options import (
     flattened,
 )
 from fedsea.cli.placeholders import PlaceholderOptions, show_substituted
-from fedsea.errors import PromptTooLong
+from fedsea.cli.protection import ProtectionOptions, show_mode, show_spent
+from fedsea.errors import BudgetExceeded, PromptTooLong, UnsafeRows
 
 if TYPE_CHECKING:
     from fedsea.client.sampling import SamplingParams
@@ -39,6 +40,7 @@ def chat(
     parts: ClientModelOptions,
     sampling: SamplingOptions,
     replacing: PlaceholderOptions,
+    protecting: ProtectionOptions,
     system: Annotated[
         str | None, typer.Option(help="System message that opens it.", show_default=False)
     ] = None,
@@ -55,12 +57,14 @@ def chat(
     One line is one turn. Ctrl-C stops an answer; Ctrl-D or /quit ends. Works in a pipe too.
     """
     params, placeholders = sampling.params(), replacing.chosen()
+    privacy = protecting.chosen(connection)
     recorder = quiet_recorder()
     with screen.loading(f"loading {Path(model).name}"):
-        llm = parts.connect(model, connection, screen.notice, recorder, placeholders)
+        llm = parts.connect(model, connection, screen.notice, recorder, placeholders, privacy)
         from fedsea.client.sessions import Chat
 
     with llm:
+        show_mode(llm)
         # Says at once when the model has no chat template.
         llm.encode_chat([{"role": "user", "content": "?"}])
         with Chat(llm, system, max_context) as conversation:
@@ -117,6 +121,10 @@ class _Repl:
         except PromptTooLong as error:
             screen.fail(f"{error} (/undo or /reset makes room)")
             return
+        except (BudgetExceeded, UnsafeRows) as error:
+            screen.fail(str(error))
+            return
+        show_spent(completion)
         if completion.substituted != self.substituted:
             show_substituted(completion.substituted, self.substituted)
             self.substituted = completion.substituted

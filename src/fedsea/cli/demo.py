@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fedsea.cli import screen
+from fedsea.cli.protection import PLAIN
 
 DIFFERENT = 1
 
@@ -23,10 +24,15 @@ def demo(
         Path | None,
         typer.Option(help="Folder of another model.", show_default="the packaged one"),
     ] = None,
+    mechanism: Annotated[
+        str,
+        typer.Option(help="What is done to rows before they leave; plain for nothing."),
+    ] = PLAIN,
 ) -> None:
     """Split a small model over two processes and generate through it.
 
-    Shows what crosses the wire, and that the tokens are those of the unsplit model.
+    Shows what crosses the wire, and that the tokens are those of the unsplit model. With a
+    mechanism they are not: then it shows how many are, and what was charged.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with screen.out.status("starting"):
@@ -40,6 +46,7 @@ def demo(
         prompt=PROMPTS[0],
         crash_prompt=PROMPTS[1] if kill else None,
         max_new_tokens=max_new_tokens,
+        mechanism=None if mechanism == PLAIN else mechanism,
     )
     if not run(options, screen.out):
         raise typer.Exit(DIFFERENT)

@@ -20,6 +20,12 @@ from fedsea.cli.options import (
     flattened,
 )
 from fedsea.cli.placeholders import PlaceholderOptions, show_substituted
+from fedsea.cli.protection import (
+    ProtectionOptions,
+    show_mode,
+    show_spent,
+    summary_of,
+)
 from fedsea.errors import RequestError
 
 if TYPE_CHECKING:
@@ -36,6 +42,7 @@ def generate(
     parts: ClientModelOptions,
     sampling: SamplingOptions,
     replacing: PlaceholderOptions,
+    protecting: ProtectionOptions,
     prompt: Annotated[
         str | None,
         typer.Argument(help="Text to continue; without it, standard input.", show_default=False),
@@ -52,6 +59,7 @@ def generate(
     """
     text = read_prompt(prompt)
     params, placeholders = sampling.params(n), replacing.chosen()
+    privacy = protecting.chosen(connection)
     recorder, notices = quiet_recorder(), []
 
     def take_notice(line: str) -> None:
@@ -59,17 +67,22 @@ def generate(
         screen.notice(line)
 
     with screen.loading(f"loading {Path(model).name}"):
-        llm = parts.connect(model, connection, take_notice, recorder, placeholders)
+        llm = parts.connect(model, connection, take_notice, recorder, placeholders, privacy)
     with llm:
+        if not as_json:
+            show_mode(llm)
         completion = (
             llm.generate(text, params) if as_json or n > 1 else show_stream(llm, text, params)
         )
+        figures = {**summary(completion, recorder), **summary_of(llm, completion)}
     if as_json:
-        screen.write_json({**summary(completion, recorder), "notices": notices})
+        screen.write_json({**figures, "notices": notices})
     elif n > 1:
         _show_samples(completion)
     if placeholders is not None and not as_json:
         show_substituted(completion.substituted)
+    if not as_json:
+        show_spent(completion)
     if stats:
         show_stats(completion, recorder)
 

@@ -21,6 +21,7 @@ from fedsea.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedsea.client.llm import LLM
+    from fedsea.client.protection import Protection
     from fedsea.client.sampling import SamplingParams
     from fedsea.privacy.attestation import Verifier
     from fedsea.privacy.placeholders.config import Placeholders
@@ -260,6 +261,7 @@ class ClientModelOptions:
         on_notice: Callable[[str], None],
         observer: Observer,
         placeholders: Placeholders | None = None,
+        privacy: Protection | None = None,
     ) -> LLM:
         """Load the parts and find a server; `observer` sees all messages."""
         credentials, verifier = connection.credentials(), connection.verifier()
@@ -289,6 +291,7 @@ class ClientModelOptions:
             compile=self.compile,
             on_notice=on_notice,
             placeholders=placeholders,
+            privacy=privacy,
             verifier=verifier,
         )
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from fedsea.client.generation import Completion
 from fedsea.model.partition import Partition
 from fedsea.transport.recording import Direction, Message, Recorder
-from fedsea.wire.codecs import Codec, decode
+from fedsea.wire.codecs import RowFormat
 from fedsea.wire.framing import decode_event
 from fedsea.wire.limits import DEFAULT_LIMITS
-from fedsea.wire.messages import Append, Output, Role
+from fedsea.wire.messages import Append, Open, Output, Role
 
 _SENDERS = {Direction.UP: Role.CLIENT, Direction.DOWN: Role.SERVER}
 _SHOWN_VALUES = 4
@@ -37,12 +37,22 @@ class Flow:
 
 
 def flow(recorder: Recorder, direction: Direction, hidden_size: int) -> Flow:
-    """What went one way; rows travel as fp32."""
+    """What went one way, in the formats that the session was opened with."""
     total = recorder.up if direction is Direction.UP else recorder.down
     message, event = last_rows(recorder.messages, direction)
     count = sum(segment.count for segment in event.segments)
-    rows = decode(event.rows, Codec.FP32, count, hidden_size)
+    rows = _format(recorder, direction, hidden_size).decode(event.rows, count)
     return Flow(total.messages, total.bytes, len(message.data), rows[-1])
+
+
+def _format(recorder: Recorder, direction: Direction, hidden_size: int) -> RowFormat:
+    for message in recorder.messages:
+        if message.direction is Direction.UP:
+            event = decode_event(message.data, Role.CLIENT, DEFAULT_LIMITS)
+            if isinstance(event, Open):
+                is_up = direction is Direction.UP
+                return (event.up_format if is_up else event.down_format)(hidden_size)
+    raise LookupError("no session was opened")
 
 
 def last_rows(messages: Iterable[Message], direction: Direction) -> tuple[Message, Append | Output]:
@@ -126,7 +136,7 @@ def event(console: Console, text: str) -> None:
     console.print(Text(f"  > {text}", style="yellow"), soft_wrap=True)
 
 
-def wire(console: Console, recorder: Recorder, hidden_size: int) -> None:
+def wire(console: Console, recorder: Recorder, hidden_size: int, mode: str) -> None:
     """What crossed the wire for one answer, with values, and what did not."""
     table = Table.grid(padding=(0, 2))
     table.add_column()
@@ -139,11 +149,11 @@ def wire(console: Console, recorder: Recorder, hidden_size: int) -> None:
         table.add_row(
             name, f"{way.messages}", f"{way.bytes:,}", f"{way.bytes_per_token:,} B", values(way.row)
         )
+    name, _, words_of_mode = mode.partition(": ")
     words = Text.assemble(
         "\nNever on the wire: text, token ids, logits, tokenizer, embedding, lm_head.\n",
-        ("Mode plain: ", "bold"),
-        "rows travel as they are. Splitting alone is data minimisation,\n"
-        "not confidentiality: whoever runs the trunk can try to invert the rows.",
+        (name[:1].upper() + name[1:] + ": ", "bold"),
+        words_of_mode,
     )
     grid = Table.grid()
     grid.add_row(table)
@@ -156,6 +166,26 @@ def values(row: Tensor) -> str:
     """The first numbers of a row (hidden,)."""
     shown = ", ".join(f"{value:.2f}" for value in row[:_SHOWN_VALUES].tolist())
     return f"[{shown}, … {row.shape[0]}]"
+
+
+def noisy_results(
+    console: Console, completions: Sequence[Completion], expected: Sequence[Sequence[int]]
+) -> None:
+    """Speed, what the mechanism changed, and what was charged."""
+    pairs = [
+        (made, wanted)
+        for completion, whole in zip(completions, expected, strict=True)
+        for made, wanted in zip(completion.token_ids, whole, strict=False)
+    ]
+    same = sum(made == wanted for made, wanted in pairs)
+    charges = "\n".join(
+        completion.spent.describe() for completion in completions if completion.spent is not None
+    )
+    figures = (
+        f"{completions[0].tokens_per_second:,.0f} tokens/s; {same} of {len(pairs)} tokens equal "
+        "those of the unsplit model at the same place\n"
+    )
+    console.print(Panel(Text(figures + charges), title="result", title_align="left", expand=False))
 
 
 def results(console: Console, completions: Sequence[Completion], *, equal: bool) -> None:

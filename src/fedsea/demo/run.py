@@ -21,6 +21,7 @@ from rich.console import Console
 
 from fedsea.client.generation import Completion
 from fedsea.client.llm import LLM
+from fedsea.client.protection import Protection
 from fedsea.demo import report, unsplit
 from fedsea.demo.trunk_process import TrunkProcess
 from fedsea.model.checkpoint import Checkpoint
@@ -38,13 +39,17 @@ OUTPUTS_BEFORE_KILL = 40
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoOptions:
-    """What to show: a model, its cut, a prompt, and one more for the answer with the crash."""
+    """What to show: a model, its cut, a prompt, and one more for the answer with the crash.
+
+    `mechanism` is the spec of what is done to rows before they leave, None for nothing.
+    """
 
     model: Path
     partition: Partition
     prompt: str
     crash_prompt: str | None
     max_new_tokens: int
+    mechanism: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +62,7 @@ class Answer:
 
 
 def run(options: DemoOptions, console: Console) -> bool:
-    """Show everything; returns whether all tokens equal those of the unsplit model.
+    """Show everything; returns whether all tokens equal those of the unsplit model, or need not.
 
     Raises:
         FedseaError: something could not be started, or no answer came.
@@ -68,19 +73,21 @@ def run(options: DemoOptions, console: Console) -> bool:
         tempfile.TemporaryDirectory(prefix="fedsea-demo-") as folder,
         _Provider(options, Path(folder)) as provider,
     ):
-        return _show(options, provider, console)
+        return _show(options, provider, console, Path(folder))
 
 
-def _show(options: DemoOptions, provider: _Provider, console: Console) -> bool:
+def _show(options: DemoOptions, provider: _Provider, console: Console, folder: Path) -> bool:
     checkpoint = Checkpoint.open(options.model)
     report.introduce(console, checkpoint.num_blocks, options.partition)
     with console.status("starting the server and loading the blocks of this side"):
         address = provider.wait()
-        client = _Client(options, provider, address, console)
+        client = _Client(options, provider, address, console, folder / "privacy.ledger")
     with client:
         report.ready(console, provider.process.pid, address)
         answers = [client.answer(options.prompt)]
-        report.wire(console, answers[0].recorder, checkpoint.hidden_size)
+        report.wire(
+            console, answers[0].recorder, checkpoint.hidden_size, client.llm.describe_mode()
+        )
         if options.crash_prompt is not None:
             answers.append(client.answer(options.crash_prompt, crash=True))
         with console.status("computing the same with the unsplit model"):
@@ -89,8 +96,12 @@ def _show(options: DemoOptions, provider: _Provider, console: Console) -> bool:
                 [client.llm.encode(answer.prompt) for answer in answers],
                 options.max_new_tokens,
             )
-    equal = [answer.completion.token_ids for answer in answers] == expected
-    report.results(console, [answer.completion for answer in answers], equal=equal)
+    completions = [answer.completion for answer in answers]
+    if options.mechanism is not None:
+        report.noisy_results(console, completions, expected)
+        return True
+    equal = [completion.token_ids for completion in completions] == expected
+    report.results(console, completions, equal=equal)
     return equal
 
 
@@ -139,7 +150,12 @@ class _Client:
     """The data owner's side, which prints its answers as they come."""
 
     def __init__(
-        self, options: DemoOptions, provider: _Provider, address: str, console: Console
+        self,
+        options: DemoOptions,
+        provider: _Provider,
+        address: str,
+        console: Console,
+        ledger: Path,
     ) -> None:
         self._options = options
         self._provider = provider
@@ -156,6 +172,9 @@ class _Client:
             partition=options.partition,
             dtype="fp32",
             on_notice=self._notice,
+            privacy=None
+            if options.mechanism is None
+            else Protection(mechanism=options.mechanism, ledger=ledger),
         )
 
     def __enter__(self) -> Self:

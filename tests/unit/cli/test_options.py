@@ -23,12 +23,12 @@ from fedsea.privacy.attestation import TokenVerifier
 from fedsea.server.config import DTYPES, QUANTIZATIONS, ServerSection
 from fedsea.transport.certificates import init_ca, issue_client
 from fedsea.transport.credentials import ClientTLS, Plaintext
-from fedsea.wire.codecs import Codec
+from fedsea.wire.codecs import VALUE_CODECS
 
 
 def test_choices_are_those_of_the_library():
     """Choices are written down here only so that help needs no torch: they must not drift."""
-    assert {codec.value for codec in RowCodec} == {codec.value for codec in Codec} | {"auto"}
+    assert {codec.value for codec in RowCodec} == {codec.value for codec in VALUE_CODECS} | {"auto"}
     assert {dtype.value for dtype in DType} == set(DTYPES)
     assert {dtype.value for dtype in ClientDType} == set(DTYPES) | {"auto"}
     assert {kind.value for kind in Quantization} == set(QUANTIZATIONS)

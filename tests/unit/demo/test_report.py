@@ -6,12 +6,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from fedsea.client.protection import PLAIN
 from fedsea.demo import report
 from fedsea.transport.recording import Direction, Message, Recorder
 from fedsea.wire.codecs import Codec, encode
 from fedsea.wire.framing import encode_event
 from fedsea.wire.limits import DEFAULT_LIMITS
-from fedsea.wire.messages import Append, Close, Output, Segment
+from fedsea.wire.messages import Append, Close, Open, Output, Segment
 
 
 @pytest.fixture
@@ -58,6 +59,8 @@ def test_a_text_can_be_interrupted(console):
 def recorder():
     """An answer: a prompt of two rows, one row, and their outputs, of 4 numbers each."""
     found = Recorder()
+    greeting = Open("f", 0, 1, Codec.FP32, Codec.FP32)
+    found(Message(Direction.UP, 0.0, encode_event(greeting, DEFAULT_LIMITS)))
     rows = torch.arange(12, dtype=torch.float32).reshape(3, 4)
     for index, part in enumerate((rows[:2], rows[2:])):
         data = encode(part, Codec.FP32)
@@ -75,7 +78,7 @@ def test_the_last_row_is_read_from_the_wire(recorder):
     up = report.flow(recorder, Direction.UP, 4)
     down = report.flow(recorder, Direction.DOWN, 4)
 
-    assert (up.messages, down.messages) == (3, 2)
+    assert (up.messages, down.messages) == (4, 2)
     assert up.row.tolist() == [8.0, 9.0, 10.0, 11.0]
     assert down.row.tolist() == [-8.0, -9.0, -10.0, -11.0]
     assert 16 < up.bytes_per_token < 40
@@ -85,12 +88,12 @@ def test_the_last_row_is_read_from_the_wire(recorder):
 def test_the_panel_shows_values_and_the_honest_sentence(recorder):
     """What crossed is shown in numbers, what did not and what that is worth in words."""
     screen = io.StringIO()
-    report.wire(Console(file=screen, width=80), recorder, 4)
+    report.wire(Console(file=screen, width=80), recorder, 4, f"mode plain: {PLAIN}")
     shown = screen.getvalue()
 
     assert "[8.00, 9.00, 10.00, 11.00, … 4]" in shown
     assert "Never on the wire: text, token ids, logits" in shown
-    assert "not confidentiality" in shown
+    assert "Mode plain: no confidentiality against the server" in shown
     assert max(map(len, shown.splitlines())) <= 80
 
 
