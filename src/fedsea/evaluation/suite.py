@@ -7,8 +7,9 @@ mechanism protects the same texts, through the client's own path, and is attacke
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -27,15 +28,20 @@ from fedsea.privacy.mechanism import Mechanism
 from fedsea.redteam.attack import TextGuess
 from fedsea.redteam.intervals import clopper_pearson
 from fedsea.redteam.knowledge import Knowledge, Level
-from fedsea.redteam.prior import LanguageModel, prior_only
+from fedsea.redteam.prior import prior_only
 from fedsea.redteam.report import PLAIN, PRIOR_ATTACK, Rate, Row, Utility
+from fedsea.redteam.rotation import Rotation
 from fedsea.redteam.view import ServerView
 
 Progress = Callable[[str, int, int], None]
-Classify = Callable[[int], str]
 
-# What the client decodes, not what it sent, is what these attacks read.
-ANSWER_ATTACKS = frozenset({"r5"})
+# What the client decodes, not what it sent, is what this attack reads.
+_ANSWER_ATTACK = "r5"
+# Secret rotations are no mechanisms: they are attacked only to show that they break.
+_ROTATION_ATTACK = "r6"
+_ROTATIONS = {"rotation": Rotation.random, "permutation": Rotation.permutation}
+_ROTATION_SEED = 1
+_ROTATION_SAYS = "not private: norms and inner products stay, and name the tokens"
 _PLAIN_SAYS = "not private: splitting alone hides nothing from who runs the trunk"
 
 
@@ -53,7 +59,6 @@ class Plan:
         base: folder of the public checkpoint that an attacker uses; the client's own by default.
         answers: how many prompts are answered, to compare greedy generation.
         answer_tokens: how long these answers are at most.
-        classify: the kind of a token id, for rates by kind.
     """
 
     model: Path
@@ -65,7 +70,6 @@ class Plan:
     base: Path | None = None
     answers: int = 4
     answer_tokens: int = 24
-    classify: Classify | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +107,7 @@ def evaluate(plan: Plan, progress: Progress | None = None) -> list[Row]:
     steps = 1 + len(plan.mechanisms)
     tell("the clean channel", 0, steps)
     with _Suite(plan) as suite:
-        rows = suite.attack(suite.clean)
+        rows = [*suite.attack(suite.clean), *suite.attack_rotations()]
         for done, mechanism in enumerate(plan.mechanisms, start=1):
             tell(mechanism.spec(), done, steps)
             rows += suite.attack(suite.channel(mechanism))
@@ -134,7 +138,7 @@ class _Suite:
         self._clean_utility = self._utility(self.clean)
         self._best: dict[str, float] = {}
         self._lineup = Lineup(self._knowledge(), plan.texts.public)
-        model = LanguageModel.of(self._lineup.knowledge)
+        model = self._lineup.knowledge.language_model
         self._prior = [prior_only(ids, self._first, model) for ids in plan.texts.secret]
         self._prior_rate = _rate(self._scores(PRIOR_ATTACK, self.clean, self._prior)).recovery
 
@@ -169,17 +173,48 @@ class _Suite:
     def attack(self, channel: _Channel) -> list[Row]:
         """One row for each attack, the guess first."""
         names = list(self._plan.attacks)
-        has_weights = self._plan.level is not Level.BLACK_BOX
-        if channel.mechanism is None and has_weights and FLOOR_ATTACK not in names:
-            names.insert(0, FLOOR_ATTACK)
         utility = self._utility(channel)
-        rows = [self._row(PRIOR_ATTACK, channel, utility, self._prior)]
+        rows = []
+        if channel.mechanism is not None and _ROTATION_ATTACK in names:
+            names.remove(_ROTATION_ATTACK)
+        if channel.mechanism is None:
+            rows.append(self._row(PRIOR_ATTACK, channel, utility, self._prior))
+            if self._plan.level is not Level.BLACK_BOX and FLOOR_ATTACK not in names:
+                names.insert(0, FLOOR_ATTACK)
         for name in names:
             guesses = [self._lineup.run(name, view, channel.mechanism) for view in channel.views]
             texts = [text for guess in guesses for text in guess.texts]
             seconds = sum(guess.seconds for guess in guesses)
             rows.append(self._row(name, channel, utility, texts, seconds))
         return rows
+
+    def attack_rotations(self) -> list[Row]:
+        """What a secret rotation, and a secret order of coordinates, are worth without noise.
+
+        They are applied to what the plain client sent; a provider who computes with weights
+        rotated alike would return the same answers, so the utility is that of the clean channel.
+        """
+        if _ROTATION_ATTACK not in self._plan.attacks:
+            return []
+        rows = []
+        for name, make in _ROTATIONS.items():
+            for attack in ("nn", _ROTATION_ATTACK):
+                began = time.perf_counter()
+                texts = [self._read_rotated(view, attack, make) for view in self.clean.views]
+                seconds = time.perf_counter() - began
+                row = self._row(attack, self.clean, self._clean_utility, texts, seconds)
+                rows.append(replace(row, mechanism=name, parameters=name, guarantee=_ROTATION_SAYS))
+        return rows
+
+    def _read_rotated(
+        self, view: ServerView, attack: str, make: Callable[[int, int], Rotation]
+    ) -> TextGuess:
+        (chain,) = view.chains()
+        secret = make(view.hidden_size, _ROTATION_SEED)
+        rotated = replace(
+            chain, releases=tuple(secret.apply(chain.values(at)) for at in range(len(chain)))
+        )
+        return self._lineup.attack(attack, None).read(rotated, self._lineup.knowledge, None)
 
     def _row(
         self,
@@ -193,7 +228,7 @@ class _Suite:
         scores = self._scores(attack, channel, guesses)
         total = _rate(scores)
         if mechanism is None:
-            self._best[attack] = total.recovery
+            self._best.setdefault(attack, total.recovery)
         loss = None if mechanism is None else mechanism.loss()
         return Row(
             attack=attack,
@@ -222,15 +257,19 @@ class _Suite:
 
     def _scores(self, attack: str, channel: _Channel, guesses: Sequence[TextGuess]) -> list[_Score]:
         """One for each token that is to be found: of the texts, or of what the client decodes."""
-        classify = self._plan.classify
+        texts = self._plan.texts
         found = []
-        for guess, seen, reading in zip(guesses, channel.observed, channel.readings, strict=True):
-            truth = reading.first if attack in ANSWER_ATTACKS else seen.ids
-            pairs = zip(guess.ids, truth.tolist(), strict=True)
+        for number, guess in enumerate(guesses):
+            if attack == _ANSWER_ATTACK:
+                truth = channel.readings[number].first.tolist()
+                kinds = [""] * len(truth)
+            else:
+                truth = list(texts.secret[number])
+                kinds = list(texts.kinds[number]) if texts.kinds else [""] * len(truth)
             found += [
-                _Score("" if classify is None else classify(token), named == token)
-                for named, token in list(pairs)[self._first :]
-            ]
+                _Score(kind, named == token)
+                for kind, named, token in zip(kinds, guess.ids, truth, strict=True)
+            ][self._first :]
         return found
 
     def _utility(self, channel: _Channel) -> Utility:

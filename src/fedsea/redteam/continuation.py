@@ -38,6 +38,11 @@ class Prefix:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def to(self, dtype: torch.dtype) -> Prefix:
+        """The same in another dtype."""
+        blocks = tuple((keys.to(dtype), values.to(dtype)) for keys, values in self.blocks)
+        return Prefix(self.ids, blocks)
+
 
 @dataclass(slots=True, eq=False)
 class _Step:
@@ -61,8 +66,8 @@ class Continuation:
         self.span = span
         self.vocabulary = vocabulary
         self._step = _Step()
-        self._span_config: Any = span.blocks.config
-        self._span_config._attn_implementation = ATTENTION_NAME
+        blocks: Any = span.blocks
+        blocks.config._attn_implementation = ATTENTION_NAME
         for layer, module in enumerate(attention_modules(span.blocks)):
             attention: Any = module
             attention.config._attn_implementation = ATTENTION_NAME
@@ -112,13 +117,15 @@ class Continuation:
         return self.span.forward_blocks(self.span.blocks, ids, positions[None])
 
 
-def load_continuation(checkpoint: Checkpoint, span: Span) -> Continuation:
-    """Embedding and first blocks in fp32 on the CPU, for an attacker.
+def load_continuation(
+    checkpoint: Checkpoint, span: Span, dtype: torch.dtype = torch.float32
+) -> Continuation:
+    """Embedding and first blocks on the CPU, for an attacker.
 
     Raises:
         ModelError: the checkpoint lacks the blocks or cannot be cut.
     """
-    blocks = load_bottom(checkpoint, span, Placement())
+    blocks = load_bottom(checkpoint, span, Placement(dtype=dtype))
     return Continuation(blocks, int(checkpoint.config.vocab_size))
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,7 +22,9 @@ from fedsea.errors import ConfigError
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.partition import Partition
 from fedsea.model.projection import Projection
+from fedsea.model.spans import Placement, Top, load_top
 from fedsea.redteam.continuation import Continuation, load_continuation
+from fedsea.redteam.language_model import LanguageModel
 
 Query = Callable[[Tensor], Tensor]
 """Token ids (n,) of one text to the rows [n, hidden] that a client computes for it."""
@@ -35,7 +38,7 @@ class Level(StrEnum):
     BLACK_BOX = "black-box"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Knowledge:
     """What one attacker holds; make it by `of_weights` or `black_box`.
 
@@ -128,6 +131,30 @@ class Knowledge:
                 "this attack needs weights and a black box has none: use the learned inverter"
             )
         return self.bottom
+
+    @cached_property
+    def top(self) -> Top:
+        """The attacker's last blocks, norm and head, for the rows that come back.
+
+        Raises:
+            ConfigError: the attacker has no checkpoint.
+        """
+        checkpoint = self.checkpoint or self._public("reading the answer")
+        return load_top(checkpoint, self.partition.top_span(checkpoint.num_blocks), Placement())
+
+    @cached_property
+    def language_model(self) -> LanguageModel:
+        """The prior: the public checkpoint as a whole.
+
+        Raises:
+            ConfigError: the attacker has no checkpoint.
+        """
+        return LanguageModel.load(self._public("a prior"))
+
+    def _public(self, need: str) -> Checkpoint:
+        if self.public is None:
+            raise ConfigError(f"{need} needs a public checkpoint: give the attacker one")
+        return self.public
 
     def encode(self, rows: Tensor) -> Tensor:
         """Rows [n, hidden] as the client hands them to the mechanism: [n, width]."""

@@ -14,7 +14,7 @@ than the exact version of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -22,37 +22,69 @@ from torch import Tensor
 
 from fedsea.errors import ConfigError
 from fedsea.privacy.mechanism import Mechanism
-from fedsea.redteam.attack import Attack, TextGuess, likelihood
-from fedsea.redteam.continuation import CHUNK_ROWS, Continuation, Prefix
+from fedsea.redteam.attack import Attack, TextGuess
+from fedsea.redteam.channel import Channel
+from fedsea.redteam.continuation import Continuation, Prefix, load_continuation
 from fedsea.redteam.knowledge import Knowledge
-from fedsea.redteam.prior import Expectation, LanguageModel
+from fedsea.redteam.language_model import Expectation, LanguageModel
+from fedsea.redteam.screening import SCREENED_FROM, Effort, Screen
 from fedsea.redteam.view import Chain, Repeats
 
 DEFAULT_BEAMS = 8
 
 
-@dataclass(frozen=True, slots=True)
 class PrefixSearch(Attack):
     """R1: the most likely token at every position, given the tokens found before.
 
+    What it learns about the channel of one attacker and mechanism is kept for the next text.
+
     Args:
         repeats: which releases belong to one token; their likelihoods are multiplied.
+        screened: whether a large vocabulary is screened (`redteam.screening`); the result is the
+            same, and False is slow.
     """
 
     name: ClassVar[str] = "r1"
 
-    repeats: Repeats = Repeats.APART
+    def __init__(self, repeats: Repeats = Repeats.APART, *, screened: bool = True) -> None:
+        self.repeats = repeats
+        self._screened = screened
+        self._screen: Screen | None = None
 
     def read(self, chain: Chain, knowledge: Knowledge, mechanism: Mechanism | None) -> TextGuess:
         channel = Channel(knowledge, mechanism)
+        screen = self._screen_of(channel)
         prefix = channel.public_prefix(chain)
         scores = [0.0] * len(prefix)
         for position in range(len(prefix), len(chain)):
-            found = channel.sweep(prefix, chain.releases[position])
-            best = int(found.argmax())
-            scores.append(float(found[best]))
+            releases = chain.releases[position]
+            if screen is None:
+                found = channel.sweep(prefix, releases)
+                best = int(found.argmax())
+                score = float(found[best])
+            else:
+                best, score = screen.best(prefix, releases)
+            scores.append(score)
             prefix, _ = channel.bottom.extend(prefix, [best])
-        return TextGuess(prefix.ids, tuple(scores))
+        numbers = {} if screen is None else screen.effort.numbers()
+        return TextGuess(prefix.ids, tuple(scores), numbers)
+
+    def _screen_of(self, channel: Channel) -> Screen | None:
+        knowledge, checkpoint = channel.knowledge, channel.knowledge.checkpoint
+        small = knowledge.vocabulary < SCREENED_FROM or not channel.bottom.num_blocks
+        if small or checkpoint is None or not self._screened:
+            return None
+        known = self._screen
+        if (
+            known is None
+            or known.channel.knowledge is not knowledge
+            or known.channel.mechanism != channel.mechanism
+        ):
+            span = knowledge.partition.bottom_span()
+            known = Screen(channel, load_continuation(checkpoint, span, torch.bfloat16))
+            self._screen = known
+        known.effort = Effort()
+        return known
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +109,7 @@ class PriorSearch(Attack):
 
     def read(self, chain: Chain, knowledge: Knowledge, mechanism: Mechanism | None) -> TextGuess:
         channel = Channel(knowledge, mechanism)
-        model = LanguageModel.of(knowledge)
+        model = knowledge.language_model
         prefix = channel.public_prefix(chain)
         beams = [_Beam(prefix, model.begin(prefix.ids), 0.0)]
         for position in range(len(prefix), len(chain)):
@@ -94,35 +126,6 @@ class PriorSearch(Attack):
                 for row, token, score in _best(totals, self.beams)
             ]
         return TextGuess(beams[0].prefix.ids)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Channel:
-    """From a candidate to the likelihood of a release: bottom, projection, mechanism."""
-
-    knowledge: Knowledge
-    mechanism: Mechanism | None
-    bottom: Continuation = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "bottom", self.knowledge.weights())
-
-    def public_prefix(self, chain: Chain) -> Prefix:
-        """The beginning that everybody knows."""
-        known = self.knowledge.public_prefix[: len(chain)]
-        return self.bottom.extend(Prefix(), known)[0] if known else Prefix()
-
-    def sweep(self, prefix: Prefix, releases: Tensor) -> Tensor:
-        """Log-likelihood of every vocabulary entry: [vocabulary]."""
-        everything = torch.arange(self.bottom.vocabulary)
-        return torch.cat(
-            [self.score(prefix, releases, ids) for ids in everything.split(CHUNK_ROWS)]
-        )
-
-    def score(self, prefix: Prefix, releases: Tensor, candidates: Tensor) -> Tensor:
-        """Log-likelihood of some candidates (n,): [n], float64."""
-        rows = self.bottom.candidate_rows(prefix, candidates)
-        return likelihood(self.mechanism, releases, self.knowledge.encode(rows))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,89 +1,13 @@
-"""What an attacker expects before it sees anything: a public language model.
-
-`PriorOnly` is the attack that observes nothing: the model's first choice at each position, given
-the true text before it (the most favourable prefix there is). Its rate is what every other rate
-has to be compared with. `LanguageModel` is the prior of R2.
-"""
+"""The attack that observes nothing: what every other rate has to be compared with."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-
-from fedsea.errors import ConfigError
-from fedsea.model.checkpoint import Checkpoint
-from fedsea.model.partition import Span
-from fedsea.model.spans import Placement, Top, load_top
 from fedsea.redteam.attack import TextGuess
-from fedsea.redteam.continuation import Continuation, Prefix, load_continuation
-from fedsea.redteam.knowledge import Knowledge
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Expectation:
-    """A text and the log-probability [vocabulary] of each next token, float64."""
-
-    prefix: Prefix
-    log_probabilities: Tensor
-
-
-class LanguageModel:
-    """A whole public checkpoint that says how probable the next token is."""
-
-    def __init__(self, blocks: Continuation, top: Top) -> None:
-        self._blocks = blocks
-        self._top = top
-
-    @classmethod
-    def load(cls, checkpoint: Checkpoint) -> LanguageModel:
-        """All blocks, the norm and the head of a checkpoint.
-
-        Raises:
-            ModelError: it is not complete.
-        """
-        last = checkpoint.num_blocks
-        blocks = load_continuation(checkpoint, Span(0, last))
-        return cls(blocks, load_top(checkpoint, Span(last, last), Placement()))
-
-    @classmethod
-    def of(cls, knowledge: Knowledge) -> LanguageModel:
-        """The attacker's own.
-
-        Raises:
-            ConfigError: it has no public checkpoint.
-        """
-        if knowledge.public is None:
-            raise ConfigError("a prior needs a public checkpoint: give the attacker one")
-        return cls.load(knowledge.public)
-
-    def begin(self, ids: tuple[int, ...]) -> Expectation:
-        """The expectation after a text; uniform after none."""
-        if not ids:
-            size = self._blocks.vocabulary
-            return Expectation(Prefix(), torch.full((size,), -1.0, dtype=torch.float64))
-        prefix, rows = self._blocks.extend(Prefix(), ids)
-        return Expectation(prefix, self._log_probabilities(rows[-1:])[0])
-
-    def extend(self, before: Expectation, token: int) -> Expectation:
-        """The expectation after one more token."""
-        prefix, rows = self._blocks.extend(before.prefix, [token])
-        return Expectation(prefix, self._log_probabilities(rows)[0])
-
-    @torch.inference_mode()
-    def expect(self, ids: tuple[int, ...]) -> Tensor:
-        """Log-probabilities [n, vocabulary] of the token after each of n tokens."""
-        return self._log_probabilities(self._blocks.extend(Prefix(), ids)[1])
-
-    @torch.inference_mode()
-    def _log_probabilities(self, rows: Tensor) -> Tensor:
-        norm = self._top.span.blocks.norm
-        return torch.log_softmax(self._top.logits(norm(rows)).double(), dim=-1)  # type: ignore[operator]
+from fedsea.redteam.language_model import LanguageModel
 
 
 def prior_only(ids: tuple[int, ...], public_prefix: int, model: LanguageModel) -> TextGuess:
-    """The model's first choice at each position of a text (n,), given the true tokens before it.
+    """The model's first choice at each position of a text, given the true tokens before it.
 
     Where nothing stands before a position, the most frequent guess without context is unknown to
     the model and token 0 is said.

@@ -23,11 +23,12 @@ PRIOR_ATTACK = "prior"
 PLAIN = "plain"
 TITLES: Mapping[str, str] = {
     PRIOR_ATTACK: "guess without any observation",
-    "cosine": "nearest row by cosine, the usual weak measure",
-    "nn": "nearest row in a table",
+    "cosine": "nearest embedding by cosine, the measure of most papers",
+    "nn": "nearest embedding",
     "r1": "prefix search, maximum likelihood",
     "r2": "prefix search with a language model",
-    "r4": "learned inverter",
+    "r4": "learned inverter, recurrent",
+    "r4t": "learned inverter, transformer",
     "r5": "reading the answer with a public top",
     "r6": "breaking a secret rotation",
 }
