@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from fedsea.cli import privacy_training
+from fedsea.cli import privacy_ledger, privacy_noise, privacy_training
 
 app = typer.Typer(
     name="privacy",
@@ -12,4 +12,6 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
+privacy_noise.register(app)
+privacy_ledger.register(app)
 privacy_training.register(app)

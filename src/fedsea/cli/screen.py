@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -96,6 +97,11 @@ def bytes_text(size: float) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= _KILO
     return f"{size:.1f} TB"
+
+
+def figure(value: float) -> str:
+    """A number in four digits; what has no bound says so."""
+    return f"{value:.4g}" if math.isfinite(value) else "no bound"
 
 
 def seconds_text(seconds: float) -> str:

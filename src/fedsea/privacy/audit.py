@@ -42,7 +42,7 @@ DEFAULT_CONFIDENCE = 0.999
 
 _LEAST_SAMPLES = 400
 _BEYOND_THE_CLIP = 2.0
-_NUMBERS_AT_ONCE = 2**20
+_NUMBERS_AT_ONCE = 2**18
 _THRESHOLDS = 1024
 _COSINES = 129
 # An output that was clipped, and then rounded to its grid, is this near to the sphere.
