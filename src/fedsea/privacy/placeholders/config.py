@@ -15,7 +15,7 @@ from fedsea.privacy.placeholders.patterns import ShapeDetector
 from fedsea.privacy.placeholders.spans import Detector, Kind, Span
 from fedsea.privacy.placeholders.substitution import Substitution
 
-ALL_KINDS = frozenset(kind.value for kind in Kind)
+ALL_KINDS = tuple(kind.value for kind in Kind)
 MODES = ("pseudonym", "tag")
 
 
@@ -51,7 +51,7 @@ class Placeholders:
     def __post_init__(self) -> None:
         if isinstance(self.kinds, str):
             raise ConfigError("kinds is one text; give a list, as in ['name', 'email']")
-        unknown = sorted(set(self.kinds) - ALL_KINDS)
+        unknown = sorted(set(self.kinds) - set(ALL_KINDS))
         if unknown:
             raise ConfigError(
                 f"no such kind of placeholder: {', '.join(unknown)}; "

@@ -20,8 +20,9 @@ import random
 import re
 from collections.abc import Callable
 
+from fedsea.privacy.placeholders.check_digits import iban_is_valid, luhn
 from fedsea.privacy.placeholders.spans import Kind
-from fedsea.privacy.placeholders.words import MONTHS
+from fedsea.privacy.placeholders.words import GIVEN_NAMES, MONTHS, ORDINARY, PLACES, SURNAMES
 
 _ONSETS = "b br c cl d dr f fl g gr h j k kl l m n p pl pr qu r s sk st t tr v w z".split()
 _VOWELS = "a e i o u ae ia".split()
@@ -35,6 +36,7 @@ _STREETS = "Street Road Avenue Lane Way Drive".split()
 _TRADES = "Group Partners Systems Works Holdings Associates Industries Services".split()
 
 _DATE_PART = re.compile(r"\d+(?::\d+)*|[^\W\d_]+")
+_LISTED = GIVEN_NAMES | SURNAMES | PLACES | ORDINARY
 _AMOUNT = re.compile(r"USD|EUR|GBP|CHF")
 _LETTER_OR_DIGIT = re.compile(r"[^\W_]")
 
@@ -70,11 +72,11 @@ class Inventor:
 
     def given_name(self) -> str:
         """A word that reads like a given name."""
-        return self._stem(1) + self._pick(_GIVEN_ENDINGS)
+        return self._unlisted(_GIVEN_ENDINGS)
 
     def surname(self) -> str:
         """A word that reads like a surname."""
-        return self._stem(1) + self._pick(_SURNAME_ENDINGS)
+        return self._unlisted(_SURNAME_ENDINGS)
 
     def initial(self) -> str:
         """A capital letter."""
@@ -107,6 +109,13 @@ class Inventor:
     def _pick(self, choices: str | list[str]) -> str:
         return self._rng.choice(choices)
 
+    def _unlisted(self, endings: list[str]) -> str:
+        """A word that is no name or word of the lists: models say those of their own accord."""
+        while True:
+            word = self._stem(1) + self._pick(endings)
+            if word.lower() not in _LISTED:
+                return word
+
     def _stem(self, syllables: int) -> str:
         parts = [
             self._pick(_ONSETS) + self._pick(_VOWELS) + (self._pick(_CODAS) if last else "")
@@ -135,14 +144,16 @@ class Inventor:
     def _iban(self, value: str) -> str:
         compact = self._pick(["DE", "FR", "NL", "ES", "IT", "AT", "BE", "PL"]) + "00"
         compact += "".join(self._pick("0123456789") for _ in range(18))
+        if iban_is_valid(compact):
+            compact = compact[:-1] + str((int(compact[-1]) + 1) % 10)
         if " " in value:
             return " ".join(compact[at : at + 4] for at in range(0, len(compact), 4))
         return compact
 
     def _card(self, value: str) -> str:
         drawn = self.shaped(value)
-        if luhn(drawn):
-            last = max(at for at, char in enumerate(drawn) if char.isdigit())
+        if luhn(drawn) and any(char.isdecimal() for char in drawn):
+            last = max(at for at, char in enumerate(drawn) if char.isdecimal())
             drawn = f"{drawn[:last]}{(int(drawn[last]) + 1) % 10}{drawn[last + 1 :]}"
         return drawn
 
@@ -163,10 +174,3 @@ class Inventor:
                 drawn = self._pick(months)
                 return drawn if part.islower() else drawn.title()
         return part
-
-
-def luhn(number: str) -> bool:
-    """Whether the digits end in the check digit of ISO/IEC 7812-1 (Luhn)."""
-    digits = [int(char) for char in reversed(number) if char.isdigit()]
-    doubled = [sum(divmod(2 * digit, 10)) for digit in digits[1::2]]
-    return (sum(digits[::2]) + sum(doubled)) % 10 == 0

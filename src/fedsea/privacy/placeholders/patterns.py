@@ -6,19 +6,11 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterator
 
-from fedsea.privacy.placeholders.invention import luhn
+from fedsea.privacy.placeholders.check_digits import iban_is_valid, luhn
 from fedsea.privacy.placeholders.spans import Kind, Span
 from fedsea.privacy.placeholders.words import MONTHS
 
 Check = Callable[[re.Match[str]], bool]
-
-
-def iban_is_valid(text: str) -> bool:
-    """Whether the check digits of an IBAN are right (ISO 13616: modulo 97 leaves 1)."""
-    compact = re.sub(r"\s", "", text).upper()
-    if not re.fullmatch(r"[A-Z]{2}\d{2}[A-Z0-9]{11,30}", compact):
-        return False
-    return int("".join(str(int(char, 36)) for char in compact[4:] + compact[:4])) % 97 == 1
 
 
 def _iban(found: re.Match[str]) -> bool:

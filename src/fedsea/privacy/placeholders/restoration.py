@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 _LOOKAHEAD = 2
 
@@ -85,6 +86,9 @@ class Lexicon:
 
     def __repr__(self) -> str:
         return f"Lexicon({len(self._values)} phrases)"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("what placeholders stand for does not leave its process")
 
     @property
     def hold_back(self) -> int:

@@ -68,8 +68,8 @@ class Substitution:
 
     A value keeps its substitute for the whole session, in capitals too, and every later mention of
     a value that was found once is replaced as well. A substitute is a fresh random draw: it depends
-    on the kind and, for numbers and dates, on the format of the value, and it equals no text and no
-    value that the session has seen. Draws that would are made again, so a reader learns that a
+    on the kind and on the shape that `invention` keeps, and it equals no text and no value that the
+    session has seen. Draws that would are made again, so a reader learns that a
     value is not among the substitutes, and nothing else.
 
     Make one with `Placeholders.session`. Methods may be called from any thread.
@@ -91,7 +91,7 @@ class Substitution:
         return f"Substitution({counts or 'nothing yet'})"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a mapping of placeholders does not leave its process")
+        raise TypeError("what placeholders stand for does not leave its process")
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -127,7 +127,7 @@ class Substitution:
             self._seen += [fold(restored), fold(raw)]
 
     def _substitute(self, text: str) -> str:
-        found = merged(span for detector in self._detectors for span in detector.find(text))
+        found = merged(self._found(text))
         self._seen.append(fold(text))
         for attempt in range(_ATTEMPTS):
             draft = self._mapping.copy()
@@ -143,6 +143,16 @@ class Substitution:
             "the prompt holds text that cannot be told from its substitutes; "
             "choose fewer kinds of placeholders, or the mode 'tag'"
         )
+
+    def _found(self, text: str) -> Iterator[Span]:
+        for detector in self._detectors:
+            for span in detector.find(text):
+                if not 0 <= span.start < span.end <= len(text):
+                    raise RequestError(
+                        f"{type(detector).__name__} found a span that is not in the text; "
+                        "correct the detector"
+                    )
+                yield span
 
     def _closed(
         self, text: str, found: list[Span], draft: _Mapping, *, whole_words: bool

@@ -213,8 +213,21 @@ def test_the_mapping_stays_in_the_process():
     """It cannot be copied or serialised."""
     substitution = session()
     substitution.substitute(NOTE)
-    with pytest.raises(TypeError, match="does not leave"):
-        copy.deepcopy(substitution)
+    for holder in (substitution, substitution.restorer()):
+        with pytest.raises(TypeError, match="does not leave"):
+            copy.deepcopy(holder)
+
+
+@pytest.mark.parametrize(("start", "end"), [(-1, 2), (0, 4), (2, 2), (2, 1)])
+def test_spans_outside_of_the_text_are_refused(start, end):
+    """A detector that is wrong about positions lets nothing through."""
+
+    class Wrong:
+        def find(self, text):
+            return [Span(start, end, "X")]
+
+    with pytest.raises(RequestError, match="Wrong found a span that is not in the text"):
+        session(detectors=[Wrong()]).substitute("abc")
 
 
 def test_a_text_without_end_is_refused():
