@@ -80,7 +80,7 @@ class BinomialLoss(PrivacyLoss):
         return BinomialLoss(self.trials * times, self.probability)
 
     def mu(self) -> float:
-        """See `dominance.dominating_mu`: the slack in delta is 1e-10."""
+        """See `dominance.dominating_mu`: the slack in delta is 1e-8."""
         return dominating_mu(self)
 
     def recovery_bound(self, prior: float) -> float:

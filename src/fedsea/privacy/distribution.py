@@ -21,8 +21,9 @@ from fedsea.errors import ConfigError
 Floats = NDArray[np.float64]
 
 _LOG_TAIL = math.log(1e-15)
-_ROUNDING = 1e-13
-"""Mass at infinity for each transform: more than what rounding inside it can move."""
+_ROUNDING, _ROUNDING_OF_POWER = 1e-13, 3e-17
+"""Mass at infinity for a transform and for each release in it: more than what rounding moved in
+comparisons with exact binomial tails (1e-13 at 10^4 releases, 1.3e-9 at 10^8)."""
 
 _TILTS = np.geomspace(1e-3, 1e3, 200)
 _MOST_POINTS = 1 << 24
@@ -70,7 +71,8 @@ class LossDistribution:
         spectrum = fft.rfft(self._folded(size)) ** times
         finite = np.roll(fft.irfft(spectrum, size), times * self.lowest - low)
         kept = np.maximum(finite[: high - low + 1], 0.0)
-        return _normalized(self.step, low, kept, -math.expm1(times * math.log1p(-self.infinite)))
+        infinite = _ROUNDING_OF_POWER * times - math.expm1(times * math.log1p(-self.infinite))
+        return _normalized(self.step, low, kept, infinite)
 
     def plus(self, other: LossDistribution) -> LossDistribution:
         """The sum of this loss and an independent other on the same grid."""

@@ -19,6 +19,8 @@ from fedsea.errors import ConfigError
 from fedsea.privacy.losses import PrivacyLoss
 from fedsea.privacy.noise import NoiseSource
 
+_LEAST, _MOST = 1e-12, 1e12
+
 
 class Unit(StrEnum):
     """What a guarantee protects: one token, one prompt with its answer, or one named record."""
@@ -134,13 +136,13 @@ def number_text(value: float) -> str:
 
 
 def positive(name: str, value: float) -> None:
-    """A parameter that must be a finite number above 0.
+    """A parameter that must be above 0, and of a size with which fp32 can compute.
 
     Raises:
         ConfigError: it is not.
     """
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{name}={value}; it must be a positive number")
+    if not _LEAST <= value <= _MOST:
+        raise ConfigError(f"{name}={value}; it must be positive, {_LEAST:g} to {_MOST:g}")
 
 
 def checked_width(width: int) -> int:

@@ -12,7 +12,7 @@ from fedsea.privacy.distribution import LossDistribution, sampled
 from fedsea.privacy.dominance import dominating_mu
 from fedsea.privacy.loss import Json, PrivacyLoss, check_times
 
-_TAIL = 1e-12
+_TAIL = 1e-10
 _POINTS_PER_REACH = 500
 
 
@@ -21,7 +21,7 @@ class MixedLoss(PrivacyLoss):
     """Independent losses of symmetric pairs. Made by `losses.compose`.
 
     Never too small: each curve is replaced by the least one on the grid that dominates it, and
-    1e-12 of each loss counts as infinite.
+    1e-10 of each loss counts as infinite.
     """
 
     kind: ClassVar[str] = "mixed"
@@ -50,7 +50,7 @@ class MixedLoss(PrivacyLoss):
         return MixedLoss(tuple(part.composed(times) for part in self.parts))
 
     def mu(self) -> float:
-        """See `dominance.dominating_mu`: the slack in delta is 1e-10."""
+        """See `dominance.dominating_mu`: the slack in delta is 1e-8."""
         return dominating_mu(self)
 
     def to_json(self) -> Json:

@@ -50,8 +50,8 @@ class StochasticQuantization(Mechanism):
         positive("clip", self.clip)
         positive("mu", self.mu)
         checked_width(self.width)
-        if not self.clip < self.scale < math.inf:
-            raise ConfigError(f"mu={self.mu} with clip={self.clip} leaves no room for noise")
+        if not self._top < 1:
+            raise ConfigError(f"mu={self.mu} leaves no noise in the counts; lower it")
 
     @property
     def levels(self) -> int:
@@ -73,9 +73,14 @@ class StochasticQuantization(Mechanism):
     def _chances(self, rows: Tensor) -> Tensor:
         return 0.5 + rows.clamp(-self.clip, self.clip) / (2 * self.scale)
 
+    @property
+    def _top(self) -> float:
+        """The chance of a coordinate at the clip."""
+        return 0.5 + self.clip / (2 * self.scale)
+
     def loss(self) -> BinomialLoss:
         """Exact, for two rows at opposite corners of the box."""
-        return BinomialLoss(self.levels * self.width, 0.5 + self.clip / (2 * self.scale))
+        return BinomialLoss(self.levels * self.width, self._top)
 
     def paper_mu(self) -> float:
         """mu of theorem 4.2, which holds only together with `paper_gamma`."""
@@ -136,7 +141,7 @@ class Ternary(Mechanism):
         checked_width(self.width)
         if not 0 < self.sparsity <= 1:
             raise ConfigError(f"sparsity={self.sparsity}; it must be above 0 and at most 1")
-        if not self.clip < self.amplitude < math.inf:
+        if not self._top < 1:
             raise ConfigError(
                 f"mu={self.mu} with sparsity={self.sparsity} leaves no noise in the signs; "
                 "lower mu or raise sparsity"
@@ -172,15 +177,21 @@ class Ternary(Mechanism):
         """Of a positive sign, given that the coordinate is not 0."""
         return 0.5 + rows.clamp(-self.clip, self.clip) / (2 * self.amplitude)
 
-    def loss(self) -> DiscreteLoss:
+    @property
+    def _top(self) -> float:
+        """The chance of a positive sign at the clip, given that there is a sign."""
+        return 0.5 + self.clip / (2 * self.amplitude)
+
+    def loss(self) -> BinomialLoss | DiscreteLoss:
         """Exact, for two rows at opposite corners: losses of -l, 0 and l for each coordinate.
 
-        The reference for recovery is the middle of the box, whose signs are fair.
+        Without zeros it is the loss of counts of one bit.
         """
-        up = 0.5 + self.clip / (2 * self.amplitude)
-        step = math.log(up) - math.log1p(-up)
-        masses = (self.sparsity * (1 - up), 1 - self.sparsity, self.sparsity * up)
-        return DiscreteLoss(LossDistribution(step, -1, masses), times=self.width)
+        signs = BinomialLoss(self.width, self._top)
+        if self.sparsity == 1:
+            return signs
+        masses = (self.sparsity * (1 - self._top), 1 - self.sparsity, self.sparsity * self._top)
+        return DiscreteLoss(LossDistribution(signs.step, -1, masses), times=self.width)
 
     def log_likelihood(self, released: Tensor, clean: Tensor) -> Tensor:
         """The sum of log chances of the signs that are not 0; a 0 says nothing."""
@@ -198,8 +209,8 @@ class Ternary(Mechanism):
         }
 
     def describe(self) -> str:
-        pure = self.loss().law.step * self.width
+        signs = BinomialLoss(self.width, self._top)
         return (
-            f"epsilon = {pure:.4g} at delta = 0 for each released row of {self.width} ternary "
+            f"epsilon = {signs.pure_epsilon:.4g} at delta = 0 for each released row of {self.width} ternary "
             f"counts (about mu = {self.mu:.4g})"
         )

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsea.errors import ConfigError
+from fedsea.privacy.binomial_loss import BinomialLoss
 from fedsea.privacy.distribution import LossDistribution, dominating, sampled
 from fedsea.privacy.gaussian_loss import GaussianLoss, gaussian_delta
 
@@ -97,3 +98,17 @@ def test_too_many_points_are_refused():
         LossDistribution(1e-6, -1, (0.5, 0.0, 0.5)).power(10**14)
     with pytest.raises(ConfigError, match="one grid"):
         sampled(lambda epsilon: 0.0, 1e-9, 10)
+
+
+@pytest.mark.parametrize("releases", [10**4, 10**6, 10**8])
+def test_rounding_of_many_releases_is_covered(releases):
+    """The transform does not fall below binomial tails (which have nine digits themselves)."""
+    chance = 0.51
+    exact = BinomialLoss(releases, chance)
+    total = LossDistribution(exact.step, -1, (1 - chance, 0.0, chance)).power(releases)
+    middle = releases * exact.step * (2 * chance - 1)
+    spread = 2 * exact.step * math.sqrt(releases * chance * (1 - chance))
+    for deviations in (-8, -1, 0, 2, 4, 6):
+        epsilon = middle + deviations * spread
+        low, high = exact.delta(epsilon) * (1 - 2e-9), exact.delta(epsilon) + 1e-8
+        assert low <= total.delta(epsilon) <= high

@@ -153,6 +153,8 @@ def test_ternary_is_nearly_its_gaussian_figure_when_wide():
         lambda: Ternary(1.0, 1.0, 1.5, 4),
         lambda: Ternary(1.0, 20.0, 0.5, 4),
         lambda: Ternary(1.0, 1.0, 0.5, -1),
+        lambda: StochasticQuantization(4, 1e12, 1e12, 4),
+        lambda: StochasticQuantization(4, 1e13, 1.0, 4),
     ],
 )
 def test_parameters_out_of_range(make):
