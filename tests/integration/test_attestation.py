@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from tests import attestation_command
-from tests.integration.conftest import free_port, tls_of
+from tests.integration.conftest import free_port, processes, tls_of
 from tests.signing_service import IMAGE, ISSUER, SigningService, good_claims
 
 from fedsea.client.background import Background
@@ -34,6 +34,8 @@ from fedsea.transport.credentials import ServerTLS
 from fedsea.transport.grpc_client import GrpcChannel
 from fedsea.transport.grpc_server import GrpcServer
 from fedsea.transport.recording import Recorder, RecordingChannel
+
+pytestmark = pytest.mark.slow
 
 PROMPT = "The patient came in on Monday and"
 OPTIONS: dict[str, Any] = {"max_new_tokens": 60, "ignore_eos": True}
@@ -52,6 +54,11 @@ class Machine:
         self.options = ("--attestation-command", shlex.join(program))
         self.says()
 
+    def forget(self) -> None:
+        """Say good things again, and know of no request."""
+        self._log.unlink(missing_ok=True)
+        self.says()
+
     def says(self, **changes: Any) -> None:
         """From now on tokens have good claims with these changes."""
         claims = {**good_claims(b"", "KEY_SHA256"), "eat_nonce": "NONCE", **changes}
@@ -68,6 +75,25 @@ class Machine:
         """Nonce and key of each request so far."""
         lines = self._log.read_text().splitlines() if self._log.exists() else []
         return [(line.split()[0], line.split()[1]) for line in lines]
+
+
+OFTEN = ("--set", "attestation.requests_per_second=1000.0")
+
+
+@pytest.fixture(scope="module")
+def good_server(tiny_model, certificates, tmp_path_factory) -> Iterator[tuple[Machine, Any]]:
+    """A machine, and a server on it that no test harms."""
+    folder = tmp_path_factory.mktemp("good")
+    machine = Machine(folder / "machine")
+    with processes(tiny_model, certificates, folder) as start:
+        yield machine, start(*machine.options, *OFTEN)
+
+
+@pytest.fixture
+def good(good_server) -> tuple[Machine, Any]:
+    """The same for a test that begins: in good order, and not asked yet."""
+    good_server[0].forget()
+    return good_server  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -105,10 +131,9 @@ def opened(server) -> float:
     return found
 
 
-def test_an_accepted_server_answers(start_server, clients, make_machine, verifier, expected):
+def test_an_accepted_server_answers(good, clients, verifier, expected):
     """The same tokens as ever, asked once; mode and grounds are shown."""
-    machine = make_machine("good")
-    server = start_server(*machine.options)
+    machine, server = good
     llm = clients.connect(server.address, verifier=verifier)
     assert llm.generate(PROMPT, **OPTIONS).token_ids == expected
     assert llm.generate(PROMPT, **OPTIONS).token_ids == expected
@@ -120,22 +145,21 @@ def test_an_accepted_server_answers(start_server, clients, make_machine, verifie
     assert IMAGE in llm.describe_mode()
 
 
-def test_a_refused_server_gets_nothing(
-    start_server, tiny_model, certificates, make_machine, verifier
-):
+def test_a_refused_server_gets_nothing(good, tiny_model, certificates, verifier):
     """One with another image: no session, no row, no message; the recorder saw none go out."""
     from fedsea.client.llm import LLM
 
-    machine = make_machine("bad")
+    machine, server = good
     machine.says(**OTHER_IMAGE)
-    server = start_server(*machine.options)
+    before = opened(server), rows(server)
     recorder = Recorder()
     channel = GrpcChannel(server.address, tls_of(certificates, "acme"))
     servers = {server.address: lambda: RecordingChannel(channel, recorder)}
     with pytest.raises(AttestationError, match=r"at its measurement.*nothing was sent"):
         LLM.connect(tiny_model, servers, verifier=verifier)
     assert len(machine.asked) == 1
-    assert (recorder.up.messages, opened(server), rows(server)) == (0, 0, 0)
+    assert recorder.up.messages == 0
+    assert (opened(server), rows(server)) == before
 
 
 def test_a_server_without_proof_gets_nothing(shared_server, clients, verifier):
@@ -217,18 +241,16 @@ def make_thief(other_certificate) -> Iterator[Callable[..., Thief]]:
         thief.close()
 
 
-def test_a_relayed_token_is_refused(
-    start_server, clients, make_machine, make_thief, verifier, certificates
-):
+def test_a_relayed_token_is_refused(good, clients, make_thief, verifier, certificates):
     """A good token of a good server, for our very nonce, shown by a server with another key."""
-    machine = make_machine("good")
-    server = start_server(*machine.options)
+    machine, server = good
+    before = opened(server)
     thief = make_thief(GrpcChannel(server.address, tls_of(certificates, "globex")))
     with pytest.raises(AttestationError, match="at its TLS key"):
         clients.connect(thief.address, verifier=verifier)
     assert (thief.relayed, thief.descriptions, thief.sessions) == (1, 0, 0)
     assert len(machine.asked) == 1
-    assert opened(server) == 0
+    assert opened(server) == before
 
 
 class Switch:
@@ -271,15 +293,15 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 @pytest.mark.parametrize("honest_first", [True, False])
 def test_a_man_in_the_middle_of_tls(
-    start_server, clients, make_machine, make_thief, verifier, certificates, honest_first
+    good, clients, make_thief, verifier, certificates, honest_first
 ):
     """Whoever is shown in the handshake is the only one to whom anything can be sent.
 
     The man in the middle lets one of both connections through to the good server, and ends the
     other himself, with a certificate of the same CA.
     """
-    machine = make_machine("good")
-    server = start_server(*machine.options)
+    machine, server = good
+    before = opened(server)
     thief = make_thief(GrpcChannel(server.address, tls_of(certificates, "globex")))
     order = (server.address, thief.address) if honest_first else (thief.address, server.address)
     switch = Switch(*order)
@@ -287,19 +309,17 @@ def test_a_man_in_the_middle_of_tls(
         clients.connect(switch.address, verifier=verifier)
     switch.close()
     assert (thief.relayed, thief.descriptions, thief.sessions) == (0, 0, 0)
-    assert (len(machine.asked), opened(server)) == (0, 0)
+    assert (len(machine.asked), opened(server)) == (0, before)
 
 
 def test_a_connection_that_is_taken_over_later(
-    start_server, clients, make_machine, make_thief, make_proxy, verifier, certificates, expected
+    good, clients, make_thief, make_proxy, verifier, certificates
 ):
-    """Cut in mid-answer and met by a thief: not one message more; then the answer is completed."""
-    machine = make_machine("good")
-    server = start_server(*machine.options)
+    """Cut in mid-answer, and then a thief answers: it gets not one message."""
+    _, server = good
     cut = make_proxy(server.address, cut_after=9000)
     thief = make_thief(GrpcChannel(server.address, tls_of(certificates, "globex")))
     switch = Switch(cut.address, thief.address, count=2)  # the handshake, and the connection
-    # The handshake's bytes count, so the cut comes in one of the two connections.
     llm = clients.connect(switch.address, verifier=verifier, patience=Patience(recover=3.0))
     with pytest.raises(FedseaError) as caught:
         llm.generate(PROMPT, **{**OPTIONS, "max_new_tokens": 300})
@@ -388,25 +408,20 @@ class Impatient(Verifier):
         return replace(found, expires=time.time() + self._seconds)
 
 
-def test_a_running_session_proves_itself_again(
-    start_server, clients, make_machine, verifier, expected
-):
+def test_a_running_session_proves_itself_again(good, clients, verifier, expected):
     """Acceptance expires in mid-answer: the stream goes on after a new proof, without a break."""
-    machine = make_machine("machine")
-    server = start_server(*machine.options, "--set", "attestation.requests_per_second=1000.0")
+    machine, server = good
+    before = opened(server)
     llm = clients.connect(server.address, verifier=Impatient(verifier, 0.02))
     assert llm.generate(PROMPT, **OPTIONS).token_ids == expected
     assert len(machine.asked) > 2
-    assert opened(server) == 1
+    assert opened(server) == before + 1
     assert not clients.notices
 
 
-def test_a_running_session_that_is_not_accepted_again(
-    start_server, clients, make_machine, verifier
-):
+def test_a_running_session_that_is_not_accepted_again(good, clients, verifier):
     """The machine changes under an open session: the next row stays here."""
-    machine = make_machine("machine")
-    server = start_server(*machine.options, "--set", "attestation.requests_per_second=1000.0")
+    machine, server = good
     llm = clients.connect(server.address, verifier=Impatient(verifier, 0.2))
     with session_of(llm) as session:
         session.generate(PROMPT, max_new_tokens=5, ignore_eos=True)
@@ -419,18 +434,19 @@ def test_a_running_session_that_is_not_accepted_again(
     assert rows(server) == before
 
 
-def test_from_the_command_line(start_server, tiny_model, certificates, make_machine, tmp_path):
+def test_from_the_command_line(good, tiny_model, certificates, tmp_path):
     """The policy file decides there too; a refusal has the exit code of security."""
-    machine = make_machine("machine")
-    server = start_server(*machine.options)
+    machine, server = good
+    before = opened(server)
     policy = SERVICE.write_policy(tmp_path)
     command = [sys.executable, "-m", "fedsea", "generate", str(tiny_model), PROMPT]
     command += ["--certs", str(certificates), "--tenant", "acme", "--server", server.address]
     command += ["--attestation-policy", str(policy), "--max-new-tokens", "4", "--ignore-eos"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 0, done.stderr
+    assert f"attested by {ISSUER}" in done.stderr
     machine.says(**OTHER_IMAGE)
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == AttestationError.exit_code
     assert "at its measurement" in done.stderr
-    assert opened(server) == 1
+    assert opened(server) == before + 1
