@@ -22,6 +22,7 @@ from fedsea.errors import ConfigError
 
 _BYTES_PER_KEY = 1 << 32
 
+_BYTES_PER_BLOCK = 1 << 18  # what is drawn for counts at once stays in the cache
 _MOST_TRIALS = 255
 
 Bits = NDArray[np.uint8]
@@ -111,13 +112,21 @@ class NoiseSource:
         if not bool(np.all((chances >= 0) & (chances < 1))):
             raise ConfigError("a chance is not in [0, 1)")
         flat = chances.reshape(-1)
-        scaled = np.ldexp(flat, 8)
+        counts = np.empty(flat.size, dtype=np.uint8)
+        block = max(1, _BYTES_PER_BLOCK // trials)
+        for start in range(0, flat.size, block):
+            part = slice(start, start + block)
+            counts[part] = self._counts(trials, flat[part])
+        return counts.reshape(chances.shape)
+
+    def _counts(self, trials: int, chances: Floats) -> Bits:
+        scaled = np.ldexp(chances, 8)
         first = np.floor(scaled).astype(np.uint8)
         rest = np.ldexp(scaled - np.floor(scaled), 56).astype(np.uint64)
-        drawn = np.frombuffer(self.bits(trials * flat.size), dtype=np.uint8)
-        drawn = drawn.reshape(trials, flat.size)
+        drawn = np.frombuffer(self.bits(trials * chances.size), dtype=np.uint8)
+        drawn = drawn.reshape(trials, chances.size)
         counts = np.add.reduce((drawn < first).view(np.uint8), axis=0, dtype=np.uint8)
-        tied = np.flatnonzero(drawn == first) % flat.size
+        tied = np.flatnonzero(drawn == first) % chances.size
         won = (self.words(tied.size) >> np.uint64(8)) < rest[tied]
-        counts += np.bincount(tied[won], minlength=flat.size).astype(np.uint8)
-        return np.asarray(counts.reshape(chances.shape), dtype=np.uint8)
+        counts += np.bincount(tied[won], minlength=chances.size).astype(np.uint8)
+        return np.asarray(counts, dtype=np.uint8)

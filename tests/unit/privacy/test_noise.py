@@ -164,3 +164,11 @@ class _Frozen:
 
     def update(self, zeros: bytes) -> bytes:
         return b"copied!!"
+
+
+def test_counts_of_many_blocks(monkeypatch):
+    """Counts that are drawn block by block keep their places."""
+    monkeypatch.setattr("fedsea.privacy.noise._BYTES_PER_BLOCK", 64)
+    counts = NoiseSource(SEED).binomial(15, np.tile([0.0, 0.99], 101))
+    assert (counts[::2] == 0).all()
+    assert (counts[1::2] > 10).all()
