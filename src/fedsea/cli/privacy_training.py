@@ -70,6 +70,14 @@ class TrainingOptions:
     ] = 8
     window: Window = 128
     seed: Annotated[int, typer.Option(help="Start of all chance.", rich_help_panel=_TRAINING)] = 0
+    save_seconds: Annotated[
+        float,
+        typer.Option(
+            help="How often the state is saved, to go on after an interruption.",
+            min=0,
+            rich_help_panel=_TRAINING,
+        ),
+    ] = 30.0
     threads: Annotated[
         int,
         typer.Option(
@@ -89,7 +97,7 @@ class TrainingOptions:
 
         if self.threads:
             torch.set_num_threads(self.threads)
-        return Schedule(self.steps, self.learning_rate)
+        return Schedule(self.steps, self.learning_rate, self.save_seconds)
 
 
 def calibrate(
