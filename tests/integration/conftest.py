@@ -151,10 +151,11 @@ class Clients:
         self.notices: list[str] = []
 
     def connect(self, *addresses: str, tenant: str = "acme", **options: Any) -> LLM:
-        """A client of servers at some addresses."""
+        """A client of servers at some addresses, or over the channels of `servers`."""
         options.setdefault("patience", Patience(open=60.0, recover=60.0, answer=30.0))
         options.setdefault("tls", tls_of(self._certificates, tenant))
-        llm = LLM.connect(self._model, addresses, on_notice=self.notices.append, **options)
+        servers = options.pop("servers", addresses)
+        llm = LLM.connect(self._model, servers, on_notice=self.notices.append, **options)
         self._made.append(llm)
         return llm
 

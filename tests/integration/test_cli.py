@@ -162,21 +162,21 @@ def test_generate_says_what_noise_costs(provider, model, tmp_path):
         "generate", model, PROMPT, *provider.options, "--max-new-tokens", 4, "--ignore-eos",
         "--mechanism", NOISY, "--ledger", ledger,
     ]  # fmt: skip
-    result = fedsea(*arguments, "--epsilon", 90_000)
+    result = fedsea(*arguments, "--epsilon", 300_000)
     mode, *_, charges = result.stderr.splitlines()
 
     assert result.exit_code == 0, result.stderr
     epsilon = GaussianLoss(100.0).epsilon(1e-5)
     start = f"mode noisy: {NOISY},by=row; one release: mu 100, epsilon {epsilon:.4g} at"
     assert mode.startswith(start)
-    assert mode.endswith("budget epsilon 90000 at delta 1e-05")
+    assert mode.endswith("budget epsilon 300000 at delta 1e-05")
     assert "releases charged, unit prompt: mu " in charges
     found = json.loads(fedsea(*arguments, "--json").stdout)
     assert found["mode"] == "noisy"
     assert found["privacy"]["releases"] == found["privacy"]["mu"] ** 2 / 100**2
     exit_code, message = failure(fedsea(*arguments, "--max-new-tokens", 300, "--json"))
     assert exit_code == 8
-    assert "do not fit into the budget epsilon 90000" in message
+    assert "do not fit into the budget epsilon 300000" in message
 
 
 def test_options_of_privacy_that_do_not_fit(provider, model, tmp_path):
