@@ -44,6 +44,14 @@ class PlaceholderOptions:
         PlaceholderMode,
         typer.Option(help="Invented text of the kind, or [NAME_1].", rich_help_panel=_PANEL),
     ] = PlaceholderMode.PSEUDONYM
+    placeholder_keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A word that is no name and stays, as the name of a medicine; repeat it.",
+            show_default=False,
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
     placeholder_words: Annotated[
         list[str] | None,
         typer.Option(
@@ -78,6 +86,7 @@ class PlaceholderOptions:
             raise ConfigError("--placeholders names no kind: give all, or a list as in name,email")
         return Placeholders(
             kinds=ALL_KINDS if named == [_ALL] else named,
+            keep=self.placeholder_keep or (),
             mode=self.placeholder_mode.value,
             words={kind: _read_words(Path(path)) for kind, path in words.items()},
             patterns=patterns,

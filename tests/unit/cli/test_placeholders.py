@@ -16,11 +16,12 @@ def test_nothing_is_replaced_unless_asked():
 def test_kinds_are_all_or_a_list():
     """`all` is every built-in kind."""
     everything = PlaceholderOptions(placeholders="all").chosen()
-    some = PlaceholderOptions(placeholders="name, email").chosen()
+    some = PlaceholderOptions(placeholders="name, email", placeholder_keep=["Newton"]).chosen()
     assert everything is not None
     assert everything.kinds == ALL_KINDS
     assert some is not None
     assert some.kinds == ["name", "email"]
+    assert some.find("He read Newton") == []
 
 
 def test_own_words_come_from_a_file(tmp_path):

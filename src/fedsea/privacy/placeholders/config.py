@@ -12,6 +12,7 @@ from fedsea.privacy.placeholders.addresses import AddressDetector
 from fedsea.privacy.placeholders.custom import PatternDetector, WordDetector, checked_kind
 from fedsea.privacy.placeholders.names import NameDetector
 from fedsea.privacy.placeholders.patterns import ShapeDetector
+from fedsea.privacy.placeholders.restoration import fold
 from fedsea.privacy.placeholders.spans import Detector, Kind, Span
 from fedsea.privacy.placeholders.substitution import Substitution
 
@@ -29,6 +30,8 @@ class Placeholders:
 
     Args:
         kinds: which built-in kinds are replaced, as "name" or "email"; all of them by default.
+        keep: words and phrases that the built-in detectors shall leave alone, such as the names of
+            medicines and products: a capital letter alone makes a word suspicious to them.
         mode: "pseudonym" invents fluent text of the same kind, "tag" writes `[NAME_1]`.
         words: lists of your own, by a kind in capital letters: `{"PROJECT": ["Blue Heron"]}`.
         patterns: regular expressions of your own, by a kind in capital letters.
@@ -41,6 +44,7 @@ class Placeholders:
     """
 
     kinds: Collection[str] = ALL_KINDS
+    keep: Sequence[str] = ()
     mode: str = "pseudonym"
     words: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)
     patterns: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -57,6 +61,8 @@ class Placeholders:
                 f"no such kind of placeholder: {', '.join(unknown)}; "
                 f"there are {', '.join(kind.value for kind in Kind)}"
             )
+        if isinstance(self.keep, str):
+            raise ConfigError("keep is one text; give a list of words")
         if self.mode not in MODES:
             raise ConfigError(
                 f"placeholder mode {self.mode!r} is not known; use {' or '.join(MODES)}"
@@ -68,7 +74,7 @@ class Placeholders:
         ]
         if not self.kinds and not own:
             raise ConfigError("nothing would be replaced: give kinds, words, patterns or detectors")
-        builtin: list[Detector] = [_Only(frozenset(self.kinds))] if self.kinds else []
+        builtin: list[Detector] = [_BuiltIn(self.kinds, self.keep)] if self.kinds else []
         object.__setattr__(self, "_found_by", (*own, *builtin))
 
     @property
@@ -86,11 +92,12 @@ class Placeholders:
         return Substitution(self._found_by, rng, tags=self.mode == "tag")
 
 
-class _Only:
-    """The built-in detectors, for some kinds."""
+class _BuiltIn:
+    """The built-in detectors, for some kinds and without some words."""
 
-    def __init__(self, kinds: frozenset[str]) -> None:
-        self._kinds = kinds
+    def __init__(self, kinds: Collection[str], keep: Sequence[str]) -> None:
+        self._kinds = frozenset(kinds)
+        self._keep = frozenset(fold(word.strip()) for word in keep)
         self._detectors: tuple[Detector, ...] = (
             ShapeDetector(),
             AddressDetector(),
@@ -102,5 +109,5 @@ class _Only:
             span
             for detector in self._detectors
             for span in detector.find(text)
-            if span.kind in self._kinds
+            if span.kind in self._kinds and fold(text[span.start : span.end]) not in self._keep
         ]

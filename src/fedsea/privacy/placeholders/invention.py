@@ -35,7 +35,7 @@ _PLACE_ENDINGS = "burgh bury by combe field ford hampton haven minster mouth por
 _STREETS = "Street Road Avenue Lane Way Drive".split()
 _TRADES = "Group Partners Systems Works Holdings Associates Industries Services".split()
 
-_DATE_PART = re.compile(r"\d+(?::\d+)*|[^\W\d_]+")
+_DATE_PART = re.compile(r"\d{1,2}(?:st|nd|rd|th)\b|\d+(?::\d+)*|[^\W\d_]+")
 _LISTED = GIVEN_NAMES | SURNAMES | PLACES | ORDINARY
 _AMOUNT = re.compile(r"USD|EUR|GBP|CHF")
 _LETTER_OR_DIGIT = re.compile(r"[^\W_]")
@@ -165,6 +165,8 @@ class Inventor:
             first, *rest = part.split(":")
             hour = str(self._rng.randint(1, 12)).zfill(len(first))
             return ":".join([hour, *(f"{self._rng.randrange(60):02}" for _ in rest)])
+        if part[0].isdigit() and part.endswith(("st", "nd", "rd", "th")):
+            return f"{self._rng.randint(4, 20)}th"
         if part.isdigit():
             if len(part) >= 4:
                 return str(self._rng.randint(1930, 2029))

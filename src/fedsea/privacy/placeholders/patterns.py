@@ -79,6 +79,7 @@ _SHAPES: tuple[tuple[Kind, str, Check | None], ...] = (
     ),
     (Kind.PHONE, r"(?<![\w.])\(\d{2,5}\)[ ]?\d{3,4}[ .-]?\d{3,4}(?:x\d{1,6})?(?!\d)", _phone),
     (Kind.AGE, r"(?i)\b\d{1,3}(?:[ -]?years?[ -]old|[ -]?y/?o)\b", None),
+    (Kind.AGE, r"(?i)\bage: ?\d{1,3}\b(?![.,]\d)", None),
     (Kind.AGE, r"(?i)\b(?:age of|aged?|turn(?:ed|s)?) \d{1,3}(?: years old)?\b(?![.,]\d)", None),
     (
         Kind.POSTCODE,

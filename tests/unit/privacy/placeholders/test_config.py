@@ -15,6 +15,7 @@ from fedsea.privacy.placeholders.spans import Kind, Span
             "no such kind of placeholder: shoe size; there are iban",
         ),
         ({"kinds": "name"}, "give a list"),
+        ({"keep": "Newton"}, "give a list of words"),
         ({"kinds": []}, "nothing would be replaced"),
         ({"mode": "hash"}, "use pseudonym or tag"),
         ({"words": {"project": ["x"]}}, "use capital letters"),
@@ -57,6 +58,17 @@ def test_own_words_and_patterns_and_detectors_join_the_built_in_ones():
         ("BLUE HERON", "PROJECT"),
         ("C-123", "CASE"),
         ("17C", "SEAT"),
+    ]
+
+
+def test_words_that_stay():
+    """What is known to be no name is left alone, in any case; custom lists are not asked."""
+    chosen = Placeholders(kinds=["name"], keep=["metoprolol"], words={"DRUG": ["Aspirin"]})
+    text = "He took Metoprolol, Aspirin and Zyxolan"
+    assert [text[span.start : span.end] for span in chosen.find(text)] == [
+        "Aspirin",
+        "Aspirin",
+        "Zyxolan",
     ]
 
 

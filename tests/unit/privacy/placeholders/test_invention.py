@@ -55,6 +55,7 @@ def test_nothing_leads_to_anybody(seed):
             r"\d\d (January|February|March|April|May|June|July|August|"
             r"September|October|November|December) (19|20)\d\d",
         ),
+        (Kind.DATE, "May 3rd", r"\w+ \d+th"),
         (Kind.DATE, "3. Mai", r"\d\. \w+"),
         (Kind.AGE, "44-year-old", r"\d\d-year-old"),
         (Kind.IBAN, "DE89 3704 0044 0532 0130 00", r"[A-Z]{2}00( \d{4}){4} \d\d"),

@@ -52,7 +52,7 @@ def found(text: str) -> list[tuple[str, str]]:
                 "930-167-3943 ext. 12",
             ],
         ),
-        (Kind.AGE, ["44-year-old", "44 years old", "aged 44", "age of 7"]),
+        (Kind.AGE, ["44-year-old", "44 years old", "aged 44", "age of 7", "Age: 61"]),
         (Kind.POSTCODE, ["K1A 0B1", "SW1A 1AA"]),
         (Kind.NUMBER, ["$1,250.00", "250 EUR", "123456", "1.250.000", "F162823540116"]),
     ],
