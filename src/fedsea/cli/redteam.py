@@ -118,7 +118,7 @@ class AttackerOptions:
     attacks: Annotated[
         str | None,
         typer.Option(
-            help="Names with commas between: nn, r1, r2, r4, r5, r6.",
+            help="Names with commas between: nn, cosine, r1, r2, r4, r4t, r5, r6.",
             show_default="nn,r1,r2, or r4 for a black box",
             rich_help_panel=_ATTACKER,
         ),
@@ -174,6 +174,14 @@ class ReportOptions:
             rich_help_panel=_REPORT,
         ),
     ] = None
+    add: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Rows of an earlier --json to show before the new ones; repeat it for several.",
+            show_default=False,
+            rich_help_panel=_REPORT,
+        ),
+    ] = None
     check: Annotated[
         list[Check] | None,
         typer.Option(
@@ -198,6 +206,7 @@ def redteam(victim: VictimOptions, attacker: AttackerOptions, report: ReportOpti
     else. Exit code 9: the attacks failed their own check on the channel without protection.
     """
     _check_files(report)
+    rows = _earlier(report.add or [])
     with screen.bar("loading the models"):
         import torch
 
@@ -207,14 +216,13 @@ def redteam(victim: VictimOptions, attacker: AttackerOptions, report: ReportOpti
             torch.set_num_threads(report.threads)
         plans = _plans(victim, attacker)
     began = time.monotonic()
-    rows: list[Row] = []
     for plan in plans:
         cut = f"{plan.model.name}, bottom {plan.partition.bottom}"
         with screen.bar(cut) as advance:
             found = evaluate(plan, _Steps(advance))
         screen.out.print(_table(found, cut))
         rows += found
-    about = _about(victim, plans[0], time.monotonic() - began)
+    about = _about(victim, report, plans[0], time.monotonic() - began)
     _write(rows, about, report)
     _conclude(rows, report.check or [])
 
@@ -249,7 +257,7 @@ def _plan(victim: VictimOptions, attacker: AttackerOptions, model: Path, bottom:
     from fedsea.evaluation import sweep
     from fedsea.evaluation.lineup import check_attacks
     from fedsea.evaluation.suite import Plan, public_rows
-    from fedsea.evaluation.texts import read_texts
+    from fedsea.evaluation.texts import read_texts, with_kinds
     from fedsea.model.checkpoint import Checkpoint
     from fedsea.model.partition import Partition
     from fedsea.privacy.registry import mechanism_from_spec
@@ -262,25 +270,27 @@ def _plan(victim: VictimOptions, attacker: AttackerOptions, model: Path, bottom:
     attacks = _attacks(attacker)
     check_attacks(attacks, has_weights=level is not Level.BLACK_BOX)
     given = victim.mechanism or ([] if victim.sweep else list(sweep.published()))
-    mechanisms = [mechanism_from_spec(spec) for spec in given]
+    width = checkpoint.hidden_size
+    mechanisms = [mechanism_from_spec(spec, width=width) for spec in given]
     tokenizer = load_tokenizer(checkpoint)
+    texts = read_texts(
+        victim.text,
+        lambda text: tokenizer(text, verbose=False).input_ids,
+        count=victim.texts,
+        tokens=victim.tokens,
+        public=attacker.public,
+    )
     plan = Plan(
         model=model,
         partition=partition,
-        texts=read_texts(
-            victim.text,
-            lambda text: tokenizer(text, verbose=False).input_ids,
-            count=victim.texts,
-            tokens=victim.tokens,
-            public=attacker.public,
-        ),
+        texts=with_kinds(texts, tokenizer.convert_ids_to_tokens),
         attacks=attacks,
         level=level,
         base=attacker.base,
     )
     if victim.sweep:
         specs = (*sweep.published(), *sweep.sweep(public_rows(plan)))
-        mechanisms += [mechanism_from_spec(spec) for spec in specs]
+        mechanisms += [mechanism_from_spec(spec, width=width) for spec in specs]
     return replace(plan, mechanisms=tuple(each for each in mechanisms if each is not None))
 
 
@@ -313,10 +323,28 @@ def _table(rows: Sequence[Row], title: str) -> Table:
     return table(rows, f"{title}, knowledge {first.knowledge}, {first.tokens} tokens")
 
 
-def _about(victim: VictimOptions, plan: Plan, seconds: float) -> About:
+def _earlier(files: Sequence[Path]) -> list[Row]:
+    """Rows of earlier reports.
+
+    Raises:
+        ConfigError: a file is no report.
+    """
+    from fedsea.redteam.report import parse
+
+    rows: list[Row] = []
+    for path in files:
+        try:
+            rows += parse(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError):
+            raise ConfigError(f"{path} cannot be read: give a file of --json") from None
+    return rows
+
+
+def _about(victim: VictimOptions, report: ReportOptions, plan: Plan, seconds: float) -> About:
     from fedsea.evaluation.page import About
 
     texts = plan.texts
+    earlier = [f"Rows of {path.name}, measured before, are shown too." for path in report.add or ()]
     return About(
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         command=shlex.join(["fedsea", *sys.argv[1:]]),
@@ -327,7 +355,8 @@ def _about(victim: VictimOptions, plan: Plan, seconds: float) -> About:
             f"{len(texts.prefix)} of each are what the tokenizer puts before every text and "
             "do not count.",
             "The attacker could learn from other texts of the same kind.",
-            f"Everything took {seconds / 60:.1f} minutes.",
+            f"It took {seconds / 60:.1f} minutes.",
+            *earlier,
         ),
     )
 

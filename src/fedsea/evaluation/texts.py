@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from fedsea.errors import RequestError
+from fedsea.privacy.placeholders.config import Placeholders
+from fedsea.redteam.classes import kinds_of
 
 Encode = Callable[[str], Sequence[int]]
 Ids = tuple[int, ...]
 
 LEAST_TOKENS = 8
+_SPACE_MARKS = {0x2581: " ", 0x0120: " ", 0x010A: "\n"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +26,13 @@ class Texts:
         secret: the texts that are attacked.
         public: texts of the same kind that everybody has; none of them is secret.
         prefix: ids that the tokenizer puts before every text, known to everybody.
+        kinds: what each token of the secret texts is, for rates by kind; may be empty.
     """
 
     secret: tuple[Ids, ...]
     public: tuple[Ids, ...]
     prefix: Ids
+    kinds: tuple[tuple[str, ...], ...] = ()
 
     @property
     def secret_tokens(self) -> int:
@@ -76,6 +81,25 @@ def cut(text: str, encode: Encode, tokens: int) -> Iterator[Ids]:
         if len(ids) >= tokens:
             yield tuple(ids[:tokens])
             begun = ""
+
+
+def with_kinds(texts: Texts, pieces_of: Callable[[Ids], Sequence[str]]) -> Texts:
+    """The same with kinds: private spans as placeholders find them, numbers, and the rest.
+
+    Args:
+        texts: what is attacked.
+        pieces_of: tokens as the tokenizer spells them; its marks of spaces become spaces.
+    """
+    detectors = Placeholders()
+    kinds = []
+    for ids in texts.secret:
+        pieces = [
+            "" if index < len(texts.prefix) else piece.translate(_SPACE_MARKS)
+            for index, piece in enumerate(pieces_of(ids))
+        ]
+        spans = [(span.start, span.end) for span in detectors.find("".join(pieces))]
+        kinds.append(tuple(kind.value for kind in kinds_of(pieces, spans)))
+    return replace(texts, kinds=tuple(kinds))
 
 
 def _read(path: Path) -> str:

@@ -21,7 +21,7 @@ FLOOR = 0.99
 _ROUNDING = 1e-9  # differences of shares that meet a bar exactly
 FLOOR_ATTACK = "r1"
 # Attacks that name the tokens of the prompt; the others read answers or only measure.
-PROMPT_ATTACKS = frozenset({"nn", "r1", "r2", "r4", "r6"})
+PROMPT_ATTACKS = frozenset({"nn", "cosine", "r1", "r2", "r4", "r4t", "r6"})
 
 FEDSEA = "fedsea"
 FEDSEA_SCALE = "fedsea-scale"

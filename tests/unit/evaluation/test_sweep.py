@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedsea.errors import ConfigError
 from fedsea.evaluation.sweep import published, sweep
@@ -14,20 +16,32 @@ ROWS = [torch.randn(400, 32, generator=torch.Generator().manual_seed(0)) * 0.3]
 
 
 def test_a_sweep_has_every_mechanism():
-    """No mechanism is left out, and each has as many settings as there are ratios."""
-    names = [spec.partition(":")[0] for spec in sweep(ROWS, (0.5, 8))]
+    """No mechanism is left out, and noise that is possible for all has a setting of each."""
+    names = [spec.partition(":")[0] for spec in sweep(ROWS, (8, 16))]
     assert {name: names.count(name) for name in names} == dict.fromkeys(mechanism_names(), 2)
 
 
-@pytest.mark.parametrize("spec", sweep(ROWS, (2.0, 8.0)))
-def test_noise_has_the_ratio_asked_for(spec):
-    """What a mechanism really does to rows is within a fifth of what the formula says."""
-    ratio = 2.0 if spec in sweep(ROWS, (2.0,)) else 8.0
-    mechanism = mechanism_from_spec(spec)
-    assert mechanism is not None
-    released = mechanism.values(mechanism.protect(ROWS[0], NoiseSource(seed=b"s" * 32)))
-    measured = float((released - ROWS[0]).square().mean().sqrt() / ROWS[0].square().mean().sqrt())
-    assert measured == pytest.approx(ratio, rel=0.2)
+@pytest.mark.parametrize("ratio", [0.5, 2.0, 8.0])
+def test_noise_has_the_ratio_asked_for(ratio):
+    """What mechanisms really do to rows is within a fifth of what the formulas say.
+
+    Not so for outputs that are clipped, and the ternary mechanism's noise is never small.
+    """
+    for spec in sweep(ROWS, (ratio,)):
+        mechanism = mechanism_from_spec(spec)
+        assert mechanism is not None
+        if mechanism.name == "metric-dp" or (mechanism.name == "ternary" and ratio < 8):
+            continue
+        released = mechanism.values(mechanism.protect(ROWS[0], NoiseSource(seed=b"s" * 32)))
+        measured = float((released - ROWS[0]).norm() / ROWS[0].norm())
+        assert measured == pytest.approx(ratio, rel=0.2), spec
+
+
+@given(scale=st.floats(1e-3, 1e3), ratio=st.floats(0.05, 50))
+def test_every_spec_of_a_sweep_can_be_made(scale, ratio):
+    """Whatever the scale of the rows and the noise, no parameter is out of range."""
+    for spec in sweep([ROWS[0] * scale], (ratio,)):
+        assert mechanism_from_spec(spec) is not None
 
 
 def test_published_scales_are_mechanisms():

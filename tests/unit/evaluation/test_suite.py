@@ -1,0 +1,156 @@
+"""The suite on a tiny random model: what rows it gives, and that they come from the wire."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedsea.errors import ConfigError, PartitionError
+from fedsea.evaluation.suite import Plan, evaluate, public_rows
+from fedsea.evaluation.texts import Texts
+from fedsea.evaluation.verdict import floor
+from fedsea.model.partition import Partition
+from fedsea.privacy.registry import mechanism_from_spec
+from fedsea.redteam.knowledge import Level
+
+BOS = 1
+
+
+def mechanism(spec):
+    """A mechanism for rows of the tiny model."""
+    made = mechanism_from_spec(spec, width=48)
+    assert made is not None
+    return made
+
+
+def random_texts(count, length, seed):
+    """Token ids behind a beginning of text."""
+    drawn = torch.randint(5, 90, (count, length), generator=torch.Generator().manual_seed(seed))
+    return tuple((BOS, *row) for row in drawn.tolist())
+
+
+@pytest.fixture
+def plan(tiny_model):
+    """Two short texts behind one block."""
+    return Plan(
+        model=tiny_model,
+        partition=Partition(1, 0),
+        texts=Texts(random_texts(2, 9, 0), random_texts(3, 9, 1), (BOS,)),
+        attacks=("nn", "r1"),
+        answers=1,
+        answer_tokens=3,
+    )
+
+
+def test_the_clean_channel_comes_first_and_is_read(plan):
+    """Without a mechanism R1 names every token, and utility is that of the model itself."""
+    rows = evaluate(plan)
+    assert [row.attack for row in rows] == ["prior", "nn", "r1"]
+    assert all(row.is_clean and row.noise == 0 for row in rows)
+    assert rows[2].recovery == rows[2].clean == 1
+    assert rows[2].tokens == 18
+    assert rows[2].utility == rows[2].clean_utility
+    assert rows[2].utility.agreement == rows[2].utility.generation == 1
+    assert not floor(rows)
+
+
+def test_a_mechanism_is_attacked_where_it_left_the_client(plan):
+    """Overwhelming noise leaves no text and no use, and the row says how much noise there was."""
+    strong = mechanism("fedsea:scale=1000")
+    rows = evaluate(replace(plan, mechanisms=(strong,)))
+    noisy = [row for row in rows if not row.is_clean]
+    assert [row.attack for row in noisy] == ["nn", "r1"]
+    assert noisy[1].parameters == strong.spec()
+    assert noisy[1].recovery < 0.3
+    assert noisy[1].clean == 1
+    assert noisy[1].noise > 100
+    assert noisy[1].mu is None is noisy[1].bound
+    assert "not differentially private" in noisy[1].guarantee
+
+
+def test_counts_are_attacked_as_counts(plan):
+    """A mechanism whose releases are integers goes through the same path."""
+    counts = mechanism("stochastic-quantization:bits=8,clip=4,mu=2000")
+    rows = evaluate(replace(plan, mechanisms=(counts,)))
+    assert rows[-1].mechanism == "stochastic-quantization"
+    assert rows[-1].mu is not None
+
+
+def test_a_bound_counts_what_a_token_is_in(plan):
+    """Without blocks a token is in one row; behind a block all rows of the text compose."""
+    gaussian = mechanism("gaussian:clip_norm=5,mu=0.5")
+    bounds = []
+    for bottom in (0, 1):
+        cut = replace(plan, partition=Partition(bottom, 0), mechanisms=(gaussian,))
+        # A guess that is never right has no bound worth the name: give the texts something to guess.
+        bounds.append(evaluate(cut)[-1])
+    known = [row.bound for row in bounds if row.bound is not None]
+    assert known == sorted(known)
+    assert all(row.bound is None or row.bound >= row.prior for row in bounds)
+
+
+def test_r1_reads_the_clean_channel_also_when_nobody_asked(plan):
+    """The check of the suite itself cannot be left out."""
+    rows = evaluate(replace(plan, attacks=("nn",), mechanisms=(mechanism("fedsea:scale=0.1"),)))
+    assert [row.attack for row in rows] == ["prior", "r1", "nn", "nn"]
+
+
+def test_rotations_are_attacked_on_the_clean_channel(plan):
+    """A secret rotation and a permutation hide the rows from a table, not from their products."""
+    rows = evaluate(replace(plan, attacks=("r6",)))
+    found = {row.mechanism: row for row in rows if row.attack == "r6"}
+    assert set(found) == {"plain", "rotation", "permutation"}
+    assert all(row.recovery > 0.9 for row in found.values())
+
+
+def test_answers_are_read_from_what_comes_back(plan):
+    """With a public top the server reads every token that the client decodes."""
+    (row,) = [row for row in evaluate(replace(plan, attacks=("r5",))) if row.attack == "r5"]
+    assert row.recovery == 1
+
+
+def test_a_black_box_has_no_floor_and_learns_from_answers(plan):
+    """Without weights there is no R1; the learned inverter asks a client of its own."""
+    rows = evaluate(replace(plan, level=Level.BLACK_BOX, attacks=("r5",)))
+    assert [row.attack for row in rows] == ["prior", "r5"]
+    assert {row.knowledge for row in rows} == {"black-box"}
+
+
+def test_kinds_have_rates_of_their_own(plan):
+    """Tokens of each kind are counted apart, and together they are all."""
+    texts = replace(plan.texts, kinds=((("content",) * 5 + ("numbers",) * 5),) * 2)
+    row = evaluate(replace(plan, texts=texts))[-1]
+    assert {name: rate.tokens for name, rate in row.by_class.items()} == {
+        "content": 8,
+        "numbers": 10,
+    }
+
+
+def test_progress_reaches_the_end(plan):
+    """Whoever watches sees every mechanism, and the end."""
+    seen = []
+    evaluate(
+        replace(plan, attacks=("nn",), mechanisms=(mechanism("fedsea:scale=1"),)),
+        lambda doing, done, steps: seen.append((doing, done, steps)),
+    )
+    assert seen == [("the clean channel", 0, 2), ("fedsea:scale=1", 1, 2), ("done", 2, 2)]
+
+
+def test_public_rows_are_those_of_the_cut(plan):
+    """A sweep is calibrated on rows of public texts only, without the public beginning."""
+    rows = public_rows(plan)
+    assert [tuple(found.shape) for found in rows] == [(9, 48)] * 3
+
+
+def test_what_cannot_run_is_refused_before_anything_runs(plan):
+    """An unknown attack, a cut without a trunk, and a mechanism for other rows."""
+    with pytest.raises(ConfigError, match="not known"):
+        evaluate(replace(plan, attacks=("r7",)))
+    with pytest.raises(PartitionError):
+        evaluate(replace(plan, partition=Partition(5, 5)))
+    other = mechanism_from_spec("ternary:clip=1,mu=1,sparsity=1,width=7")
+    assert other is not None
+    with pytest.raises(ConfigError, match="7"):
+        evaluate(replace(plan, mechanisms=(other,)))
