@@ -16,6 +16,7 @@ if _typing.TYPE_CHECKING:
     from fedsea.client.sessions import Chat, Session
     from fedsea.errors import FedseaError
     from fedsea.model.partition import Partition
+    from fedsea.privacy.attestation import TokenVerifier
     from fedsea.privacy.placeholders.config import Placeholders
     from fedsea.transport.credentials import ClientTLS, Plaintext
 
@@ -36,6 +37,7 @@ __all__ = [
     "SamplingParams",
     "Session",
     "SplitForCausalLM",
+    "TokenVerifier",
     "__version__",
 ]
 
@@ -54,6 +56,7 @@ _HOMES = {
     "SamplingParams": "fedsea.client.sampling",
     "Session": "fedsea.client.sessions",
     "SplitForCausalLM": "fedsea.client.huggingface",
+    "TokenVerifier": "fedsea.privacy.attestation",
 }
 
 

@@ -135,14 +135,14 @@ class TokenVerifier(Verifier):
     Args:
         policy: what the token must say.
         keys: the pinned keys of the service that signs.
-        clock: seconds since 1970.
+        clock: gives seconds since 1970; None for that of this machine.
 
     Raises:
         ConfigError: no key can be used with any of the policy's algorithms.
     """
 
     def __init__(
-        self, policy: TokenPolicy, keys: Sequence[TrustedKey], clock: Clock = time.time
+        self, policy: TokenPolicy, keys: Sequence[TrustedKey], clock: Clock | None = None
     ) -> None:
         if not any(key.fits(name, key.key_id) for key in keys for name in policy.algorithms):
             raise ConfigError(
@@ -151,7 +151,7 @@ class TokenVerifier(Verifier):
             )
         self._policy = policy
         self._keys = tuple(keys)
-        self._clock = clock
+        self._clock = clock or time.time
         self._jws = jwt.PyJWS(algorithms=list(policy.algorithms))
 
     @classmethod
