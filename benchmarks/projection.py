@@ -3,7 +3,10 @@
 Trains on public text and measures on other text, for several widths and noises. From the
 repository's root:
 
-    python -m benchmarks.projection --models DIR --training FILE --held-out FILE --out PAGE.md
+    python -m benchmarks.projection projections --models DIR --training FILE --held-out FILE \
+        --out PAGE.md
+
+and the same with `denoisers`.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import platform
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import torch
@@ -39,9 +43,24 @@ WINDOW = 128
 BITS = 4
 NARROWER = (8, 4, 2)
 DEL_MU = (8.0, 20.0, 60.0)
-DENOISED_MU = (8.0, 16.0, 32.0)
+DENOISED_MU = (8.0, 32.0)
+NOTHING_PASSES = 0.01
+"""A mu at which an answer says nothing: what a denoiser does alone."""
 DEL_CLIP = 0.05
 INSIDE = 0.99
+
+
+class Part(StrEnum):
+    """What a page is about."""
+
+    PROJECTIONS = "projections"
+    DENOISERS = "denoisers"
+
+
+_ROWS = {
+    Part.PROJECTIONS: "the rows that enter the trunk",
+    Part.DENOISERS: "the rows that leave it",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +126,10 @@ def denoiser_table(subject: Subject) -> Iterator[str]:
     norm = public.clip_norm(INSIDE, centered=False)
     head = (subject.checkpoint.name, f"{partition.bottom} + {partition.top}")
     yield _row(*head, "any", "any", "no answer at all", *without_answers(model, subject.text))
-    for mu in DENOISED_MU:
-        noises: tuple[Mechanism, ...] = (
-            Gaussian(public.clip_norm(INSIDE), mu, center=public.mean),
-            MetricDP(mu * hidden**0.5 / (2 * norm), norm, hidden),
-        )
+    for mu in (NOTHING_PASSES, *DENOISED_MU):
+        noises: list[Mechanism] = [Gaussian(public.clip_norm(INSIDE), mu, center=public.mean)]
+        if mu > NOTHING_PASSES:
+            noises.append(MetricDP(mu * hidden**0.5 / (2 * norm), norm, hidden))
         for noise in noises:
             recipe = denoiser_training.Recipe(schedule=Schedule(subject.steps))
             cut = Cut(subject.text.prefix, noise)
@@ -142,12 +160,12 @@ def _with_one(rows: Tensor) -> Tensor:
     return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], -1)
 
 
-def page(subjects: Iterable[Subject], command: str) -> Iterator[str]:
+def page(part: Part, subjects: Iterable[Subject], command: str) -> Iterator[str]:
     """The whole page, line by line as it is measured."""
     subjects, began = list(subjects), time.monotonic()
-    texts = subjects[0].text
+    texts, what = subjects[0].text, part.value.capitalize()
     yield from (
-        "# Projections and denoisers on real checkpoints",
+        f"# {what} on real checkpoints",
         "",
         f"{dt.datetime.now(dt.UTC):%Y-%m-%d}, torch {torch.__version__}, {platform.machine()}, "
         f"{torch.get_num_threads()} thread. Command:",
@@ -156,22 +174,27 @@ def page(subjects: Iterable[Subject], command: str) -> Iterator[str]:
         "",
         f"Trained for {subjects[0].steps} steps of 8 windows of {WINDOW} tokens on one file of "
         f"TinyStories, measured on {len(texts.held_out)} windows of another. *Error* is the mean "
-        "squared error of rows relative to their mean square: of those that enter the trunk "
-        "(projections) or leave it (denoisers). *Agreement* is the share of positions whose first "
-        "token is that of the model without projection and noise.",
+        f"squared error of {_ROWS[part]}, relative to their mean square. *Agreement* is the share "
+        "of positions whose first token is that of the model without projection and noise.",
         "",
         "These figures are of utility. What an attacker recovers at the same noise is measured by "
         "`fedsea redteam`.",
         "",
-        "## Projections without noise, one block at the client",
-        "",
     )
+    sections = projections_page if part is Part.PROJECTIONS else denoisers_page
+    yield from sections(subjects)
+    yield from ("", f"All of it took {(time.monotonic() - began) / 60:.0f} minutes.")
+
+
+def projections_page(subjects: Iterable[Subject]) -> Iterator[str]:
+    """Narrow rows without and with noise."""
+    yield from ("## Without noise, one block at the client", "")
     yield from _head("model", "width", "trained for", "error", "perplexity", "agreement")
     for subject in subjects:
         yield from widths_table(subject)
     yield from (
         "",
-        f"## Projections under stochastic quantization of {BITS} bits (DEL)",
+        f"## Under stochastic quantization of {BITS} bits (DEL)",
         "",
         "*mu* is the paper's figure for one row. *nll without noise* is the projection of the "
         f"table above, its clip at the {INSIDE:.0%} quantile of public coordinates. The other two "
@@ -181,28 +204,30 @@ def page(subjects: Iterable[Subject], command: str) -> Iterator[str]:
     yield from _head("model", "width", "mu", "projection", "error", "perplexity", "agreement")
     for subject in subjects:
         yield from noise_table(subject)
+
+
+def denoisers_page(subjects: Iterable[Subject]) -> Iterator[str]:
+    """Outputs as they are, and restored."""
     yield from (
-        "",
-        "## Denoisers",
-        "",
         "*Cut* is blocks before and after the trunk. *mu* is that of one row for Gaussian noise "
         "around the public mean; for metric noise, eta is chosen so that eta times the diameter "
         "of the ball, divided by the root of the width, is the same number. Clip norms are the "
         f"{INSIDE:.0%} quantiles of public rows. The denoiser has 2 layers of 128; with models "
         "this small it has about as many parameters as their trunk, so the gain is what can be "
-        "had, not what it costs. *No answer at all* is what the client makes of its clean rows by "
-        "a linear map without asking the server: only what lies above it is the server's work.",
+        "had, not what it costs. What the server contributes is only what lies above two controls: "
+        "*no answer at all*, what the client makes of its clean rows by a linear map, and *trained* "
+        f"at mu {NOTHING_PASSES:g}, a denoiser whose answers say nothing.",
         "",
     )
     yield from _head("model", "cut", "noise", "mu", "denoiser", "error", "perplexity", "agreement")
     for subject in subjects:
         yield from denoiser_table(subject)
-    yield from ("", f"All of it took {(time.monotonic() - began) / 60:.0f} minutes.")
 
 
 def main() -> None:
     """Measure and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", type=Part, choices=list(Part))
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--training", type=Path, required=True)
     parser.add_argument("--held-out", type=Path, required=True)
@@ -210,12 +235,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     command = (
-        f"python -m benchmarks.projection --models {given.models} --training {given.training} "
+        f"python -m benchmarks.projection {given.part} --models {given.models} --training {given.training} "
         f"--held-out {given.held_out} --steps {given.steps} --out {given.out}"
     )
     torch.set_num_threads(1)
     lines = []
-    for line in page(_subjects(given), command):
+    for line in page(given.part, _subjects(given), command):
         lines.append(line)
         print(line, flush=True)
     given.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
