@@ -86,18 +86,17 @@ class Gaussian(Mechanism):
     def releases(self, rows: int) -> int:
         return rows if self.by is Clipping.ROW else min(rows, 1)
 
-    def log_likelihood(self, released: Tensor, clean: Tensor) -> Tensor:
+    def _scores(self, released: Tensor, clean: Tensor) -> Tensor:
         """-|y - clipped candidate|^2 / 2 sigma^2.
 
         Under the Frobenius norm the factor of a row depends on all rows of its chunk, which one
         row does not show. There each candidate is scored with the factor in (0, 1] that explains
         the release best: a profile likelihood, exact where the chunk was not clipped.
         """
-        exact = clean.to(torch.float64)
         if self.by is Clipping.ROW:
-            return _score(released, self._clipped(exact, Clipping.ROW), self.sigma)
+            return _score(released, self._clipped(clean, Clipping.ROW), self.sigma)
         origin = torch.zeros((), dtype=torch.float64) if self.center is None else self.center
-        away, seen = exact - origin, released.to(torch.float64) - origin
+        away, seen = clean - origin, released - origin
         squares = away.square().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
         factors = ((away @ seen) / squares).clamp(0.0, 1.0)
         return _score(seen, away * factors[:, None], self.sigma)
@@ -153,8 +152,8 @@ class FedSEAGaussian(Mechanism):
         mu = self.sensitivity / self.sigma
         return GaussianLoss(mu, mu / 2)
 
-    def log_likelihood(self, released: Tensor, clean: Tensor) -> Tensor:
-        return _score(released, self._clipped(clean.to(torch.float64)), self.sigma)
+    def _scores(self, released: Tensor, clean: Tensor) -> Tensor:
+        return _score(released, self._clipped(clean), self.sigma)
 
     def parameters(self) -> dict[str, str]:
         text = {"scale": number_text(self.noise_scale)}
@@ -206,4 +205,4 @@ def _noised(clipped: Tensor, sigma: float, noise: NoiseSource) -> Tensor:
 
 
 def _score(released: Tensor, means: Tensor, sigma: float) -> Tensor:
-    return (released.to(torch.float64) - means).square().sum(1) / (-2 * sigma * sigma)
+    return (released - means).square().sum(1) / (-2 * sigma * sigma)

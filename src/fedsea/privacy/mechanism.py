@@ -20,6 +20,7 @@ from fedsea.privacy.losses import PrivacyLoss
 from fedsea.privacy.noise import NoiseSource
 
 _LEAST, _MOST = 1e-12, 1e12
+_NUMBERS_PER_BLOCK = 1 << 18  # candidates are scored in parts that stay in the cache
 
 
 class Unit(StrEnum):
@@ -82,7 +83,6 @@ class Mechanism(ABC):
         """How many losses one `protect` of this many rows costs."""
         return rows
 
-    @abstractmethod
     def log_likelihood(self, released: Tensor, clean: Tensor) -> Tensor:
         """How well each candidate explains a released row, up to a constant.
 
@@ -93,6 +93,14 @@ class Mechanism(ABC):
         Returns:
             [v], float64.
         """
+        seen = released.to(torch.float64)
+        block = max(1, _NUMBERS_PER_BLOCK // max(1, clean.shape[1]))
+        scores = [self._scores(seen, part.to(torch.float64)) for part in clean.split(block)]
+        return torch.cat(scores)
+
+    @abstractmethod
+    def _scores(self, released: Tensor, clean: Tensor) -> Tensor:
+        """`log_likelihood` of some candidates, in float64."""
 
     def values(self, released: Tensor) -> Tensor:
         """The numbers the server computes with, fp32: counts become A (2 K / u - 1)."""

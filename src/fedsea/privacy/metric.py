@@ -86,7 +86,7 @@ class MetricDP(Mechanism):
             return None
         return metric_loss(self.eta, self.clip_norm, self.width)
 
-    def log_likelihood(self, released: Tensor, clean: Tensor) -> Tensor:
+    def _scores(self, released: Tensor, clean: Tensor) -> Tensor:
         """The density of the release: in the ball, or on its surface.
 
         Inside the ball the density is exp(-eta |y - x|). An output that was clipped lies on the
@@ -94,14 +94,13 @@ class MetricDP(Mechanism):
         over r >= clip_norm of r^(width-1) exp(-eta |r w - x|). A release within rounding of the
         sphere counts as clipped.
         """
-        seen = released.to(torch.float64)
-        means = self._clipped(clean.to(torch.float64))
-        norm = float(torch.linalg.vector_norm(seen))
-        slack = self._step(len(seen)) * math.sqrt(len(seen))
+        means = self._clipped(clean)
+        norm = float(torch.linalg.vector_norm(released))
+        slack = self._step(len(released)) * math.sqrt(len(released))
         if self.clip_norm is None or norm < self.clip_norm - slack:
-            distances: Tensor = torch.linalg.vector_norm(seen - means, dim=1)
+            distances: Tensor = torch.linalg.vector_norm(released - means, dim=1)
             return -self.eta * distances
-        return log_ray_mass(seen / norm, means, self.clip_norm, self.eta)
+        return log_ray_mass(released / norm, means, self.clip_norm, self.eta)
 
     def parameters(self) -> dict[str, str]:
         text = {"eta": number_text(self.eta)}

@@ -94,10 +94,10 @@ class StochasticQuantization(Mechanism):
         spread: float = (1 - ratio**2) ** 1.5 * math.sqrt(self.levels * self.width)
         return _BERRY_ESSEEN * moments / spread
 
-    def log_likelihood(self, released: Tensor, clean: Tensor) -> Tensor:
+    def _scores(self, released: Tensor, clean: Tensor) -> Tensor:
         """sum over coordinates of K log p + (u - K) log(1 - p)."""
-        counts, chances = released.to(torch.float64), self._chances(clean.to(torch.float64))
-        return chances.log() @ counts + (-chances).log1p() @ (self.levels - counts)
+        chances = self._chances(clean)
+        return chances.log() @ released + (-chances).log1p() @ (self.levels - released)
 
     def parameters(self) -> dict[str, str]:
         return {
@@ -193,9 +193,9 @@ class Ternary(Mechanism):
         masses = (self.sparsity * (1 - self._top), 1 - self.sparsity, self.sparsity * self._top)
         return DiscreteLoss(LossDistribution(signs.step, -1, masses), times=self.width)
 
-    def log_likelihood(self, released: Tensor, clean: Tensor) -> Tensor:
+    def _scores(self, released: Tensor, clean: Tensor) -> Tensor:
         """The sum of log chances of the signs that are not 0; a 0 says nothing."""
-        chances = self._chances(clean.to(torch.float64))
+        chances = self._chances(clean)
         up = (released == 2).to(torch.float64)
         down = (released == 0).to(torch.float64)
         return chances.log() @ up + (-chances).log1p() @ down

@@ -187,3 +187,13 @@ def test_another_width_is_refused(mechanism):
 def test_units_are_words():
     """The words of options and ledgers."""
     assert [unit.value for unit in Unit] == ["token", "prompt", "record"]
+
+
+@pytest.mark.parametrize("mechanism", EVERY, ids=ids)
+def test_candidates_are_scored_one_by_one(mechanism, monkeypatch):
+    """Scores do not depend on how many candidates are scored together."""
+    rows = torch.randn(9, WIDTH, generator=torch.Generator().manual_seed(5))
+    released = mechanism.protect(rows, NoiseSource(b"a"))[0]
+    together = mechanism.log_likelihood(released, rows)
+    monkeypatch.setattr("fedsea.privacy.mechanism._NUMBERS_PER_BLOCK", 2 * WIDTH)
+    assert torch.allclose(mechanism.log_likelihood(released, rows), together)
