@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 _INK = "#010203"  # stands for the reader's text colour
 _SERIES = tuple(f"#0a0b{number:02x}" for number in range(8))  # stand for the page's series colours
 _MARKERS = "osD^vPX*"
+_METADATA = re.compile(r"\s*<metadata>.*?</metadata>", re.DOTALL)
 _PANEL_INCHES = (5.2, 3.7)
 _READ_AS = {
     Standing.EXPOSED: "bad",
@@ -383,7 +385,7 @@ def _plot(draw: Any, rows: Sequence[Row], title: str) -> str:
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
     svg = drawn.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = _METADATA.sub("", svg[svg.index("<svg") :]).replace(_INK, "currentColor")
     for number, color in enumerate(_SERIES):
         svg = svg.replace(color, f"var(--series-{number})")
     first = rows[0]

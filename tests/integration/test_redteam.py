@@ -1,0 +1,87 @@
+"""`fedsea redteam` on the packaged model: files, verdicts, exit codes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from fedsea.cli import redteam
+from fedsea.cli.app import app
+from fedsea.evaluation import verdict
+from fedsea.redteam.report import parse
+
+NOTES = "\n\n".join(
+    f"Visit note\nPatient: {name}, {age} years.\nReason: {reason}. Seen on 12 March by Dr Holm."
+    for name, age, reason in (
+        ("Maria Okafor", 44, "headache"),
+        ("Peter Novak", 61, "cough and fever"),
+        ("Ana Lindqvist", 29, "back pain"),
+        ("Tom Brandt", 52, "a sore throat"),
+        ("Eva Costa", 70, "dizziness"),
+    )
+)
+
+
+@pytest.fixture(autouse=True)
+def plain_terminal(monkeypatch):
+    """Output without colours, the same for whoever runs the tests."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def run(tmp_path, *options):
+    """Attack two short texts behind one block of the demo model."""
+    text = tmp_path / "notes.txt"
+    text.write_text(NOTES, encoding="utf-8")
+    small = ("--texts", "2", "--tokens", "16", "--top", "1")
+    return CliRunner().invoke(app, ["redteam", "--text", str(text), *small, *options])
+
+
+def test_a_report_in_all_its_forms(tmp_path):
+    """Table, verdicts, a JSON list of rows, a page and Markdown, all of one run."""
+    json_file, html, md = (tmp_path / f"report.{kind}" for kind in ("json", "html", "md"))
+    result = run(
+        tmp_path, "--attacks", "nn,r1,r5", "--mechanism", "fedsea:scale=0.02",
+        "--json", str(json_file), "--html", str(html), "--markdown", str(md),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = parse(json_file.read_text(encoding="utf-8"))
+    assert [(row.mechanism, row.attack) for row in rows] == [
+        ("plain", "prior"), ("plain", "nn"), ("plain", "r1"), ("plain", "r5"),
+        ("fedsea", "nn"), ("fedsea", "r1"), ("fedsea", "r5"),
+    ]  # fmt: skip
+    assert all(row.by_class for row in rows if row.attack == "r1")
+    assert isinstance(json.loads(json_file.read_text(encoding="utf-8")), list)
+    assert "fedsea:scale=0.02" in result.stdout
+    assert "splitting alone hides nothing" in result.stdout
+    assert "<svg" in html.read_text(encoding="utf-8")
+    assert "**plain**" in md.read_text(encoding="utf-8")
+
+
+def test_a_check_fails_the_command(tmp_path):
+    """A CI that asks for it gets code 10 when a mechanism does not protect; else 0."""
+    options = ("--attacks", "r1", "--mechanism", "fedsea:scale=0.02")
+    asked = run(tmp_path, *options, "--check", "mechanisms")
+    assert asked.exit_code == redteam.NOT_PROTECTIVE
+    assert run(tmp_path, *options).exit_code == 0
+
+
+def test_broken_attacks_fail_the_suite(tmp_path, monkeypatch):
+    """When R1 cannot read a clean channel the report says that it proves nothing, with code 9."""
+    monkeypatch.setattr(verdict, "FLOOR", 1.01)
+    result = run(tmp_path, "--attacks", "nn", "--mechanism", "fedsea:scale=0.02")
+    assert result.exit_code == redteam.FLOOR_FAILED
+    assert "this report proves nothing" in result.stderr
+
+
+def test_earlier_rows_are_shown_too(tmp_path):
+    """Two runs make one report."""
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    options = ("--attacks", "r1", "--mechanism", "plain")
+    assert run(tmp_path, *options, "--json", str(first)).exit_code == 0
+    more = run(tmp_path, *options, "--bottom", "0", "--add", str(first), "--json", str(second))
+    assert more.exit_code == 0, more.output
+    rows = parse(second.read_text(encoding="utf-8"))
+    assert [row.bottom for row in rows] == [1, 1, 0, 0]
