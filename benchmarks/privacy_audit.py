@@ -57,6 +57,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=200_000)
     parser.add_argument("--confidence", type=float, default=0.999)
     parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--repeat", type=int, default=0, help="runs of the two small mistakes")
     options = parser.parse_args()
     noise, rows, wrong = NoiseSource(), [], 0
     began = time.monotonic()
@@ -74,12 +75,36 @@ def main() -> int:
         print(row)
         rows.append(row)
         wrong += found.passed is case.is_broken
+    repeated = _repeated(options, noise)
     command = shlex.join(["python", "-m", "benchmarks.privacy_audit", *sys.argv[1:]])
-    page = _page(command, time.monotonic() - began, rows, options)
+    page = _page(command, time.monotonic() - began, [*rows, *repeated], options)
     path = RESULTS / f"{datetime.now(UTC).date()}-privacy-audit.md"
     path.write_text(page, encoding="utf-8")
     print(f"{path}: {wrong} unexpected verdicts")
     return 1 if wrong else 0
+
+
+def _repeated(options: argparse.Namespace, noise: NoiseSource) -> list[str]:
+    """How often so many releases find the small mistakes, in rows of width 8."""
+    width, lines = 8, []
+    for mu in (1.0, 3.0):
+        for case in cases(width, mu):
+            if options.repeat and "small" in case.name:
+                channel = wire_channel(case.real, format_of(case.real, width), noise)
+                found = sum(
+                    not audit(
+                        case.claimed,
+                        channel,
+                        width=width,
+                        samples=options.samples,
+                        confidence=options.confidence,
+                    ).passed
+                    for _ in range(options.repeat)
+                )
+                lines.append(f"- {case.name}, mu {mu:g}: found in {found} of {options.repeat} runs")
+                print(lines[-1])
+    heading = ["", f"How often as many releases find a small mistake, width {width}:", ""]
+    return [*heading, *lines] if lines else []
 
 
 def _row(case: Case, found: Audit, seconds: float) -> str:
