@@ -20,6 +20,7 @@ from benchmarks.cases import (
     memory,
     naive,
     network,
+    protection,
     quality,
     trunk,
 )
@@ -41,6 +42,7 @@ CASES: dict[str, Case] = {
     "stall": trunk.stall_rows,
     "naive": naive.rows,
     "traffic": naive.traffic_rows,
+    "protection": protection.rows,
 }
 FULL_ONLY: dict[str, Case] = {
     "quality": quality.rows,
