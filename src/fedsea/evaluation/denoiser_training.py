@@ -8,7 +8,6 @@ row and noise of one position that fits best.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedsea.errors import ConfigError
-from fedsea.evaluation.frozen import FrozenModel
+from fedsea.evaluation.frozen import FrozenModel, perplexity
 from fedsea.evaluation.public_text import PublicText
 from fedsea.evaluation.releasing import Cut, seeded_noise
 from fedsea.evaluation.training import OnProgress, Schedule, Training, ignore_progress
@@ -146,8 +145,8 @@ class _Task:
             nats += cross_entropy(logits[0, :-1], window[0, 1:]).item()
             agreeing += int((logits.argmax(-1) == clean.argmax(-1)).sum())
         count = self._text.held_out.numel()
-        perplexity = math.exp(nats / len(self._text.held_out))
-        return Restoration(error / power, perplexity, agreeing / count)
+        nats /= len(self._text.held_out)
+        return Restoration(error / power, perplexity(nats), agreeing / count)
 
 
 def train_denoiser(

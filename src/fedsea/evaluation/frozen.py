@@ -6,17 +6,20 @@ Only the parts that are used are loaded.
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from fedsea.errors import UnsafeRows
 from fedsea.model.attention import RaggedBatch
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.partition import Partition
 from fedsea.model.spans import BlockSpan, Placement, Top, load_bottom, load_top, load_trunk
 
 _PLACEMENT = Placement()
+_MOST_NATS = 700.0
 
 
 class FrozenModel:
@@ -54,8 +57,15 @@ class FrozenModel:
 
     @torch.no_grad()
     def rows(self, windows: Tensor) -> Tensor:
-        """Token ids (B, T) to rows at the first cut (B, T, hidden)."""
-        return self.bottom.run(windows.flatten(), _whole(windows)).view(*windows.shape, -1)
+        """Token ids (B, T) to rows at the first cut (B, T, hidden).
+
+        Raises:
+            UnsafeRows: NaN or infinity.
+        """
+        found = self.bottom.run(windows.flatten(), _whole(windows))
+        if not bool(torch.isfinite(found).all()):
+            raise UnsafeRows("rows of public text hold NaN or infinity; check the checkpoint")
+        return found.view(*windows.shape, -1)
 
     def outputs(self, rows: Tensor) -> Tensor:
         """Rows at the first cut to rows at the second, (B, T, hidden)."""
@@ -65,6 +75,11 @@ class FrozenModel:
         """Rows at the second cut to logits (B, T, vocabulary)."""
         flat, keep = outputs.flatten(0, 1), torch.arange(outputs.shape[0] * outputs.shape[1])
         return self.top.run(flat, _whole(outputs), keep).view(*outputs.shape[:2], -1)
+
+
+def perplexity(nats: float) -> float:
+    """exp of the mean loss per token, as far as a float holds it."""
+    return math.exp(min(nats, _MOST_NATS))
 
 
 def _whole(windows: Tensor) -> RaggedBatch:

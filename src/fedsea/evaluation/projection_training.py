@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedsea.errors import ConfigError
-from fedsea.evaluation.frozen import FrozenModel
+from fedsea.evaluation.frozen import FrozenModel, perplexity
 from fedsea.evaluation.public_text import PublicText
 from fedsea.evaluation.releasing import Cut, seeded_noise
 from fedsea.evaluation.training import OnProgress, Schedule, Training, ignore_progress
@@ -242,7 +242,7 @@ def fidelity(model: FrozenModel, text: PublicText, cut: Cut) -> Fidelity:
             positions += window.numel()
     if not whole:
         return Fidelity(error / power)
-    return Fidelity(error / power, math.exp(nats / len(text.held_out)), agreeing / positions)
+    return Fidelity(error / power, perplexity(nats / len(text.held_out)), agreeing / positions)
 
 
 def _next_token_loss(logits: Tensor, windows: Tensor) -> Tensor:

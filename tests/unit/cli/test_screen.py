@@ -60,10 +60,25 @@ def test_a_long_prompt_shows_a_bar_until_it_is_read(terminal):
     assert terminal.file.getvalue().endswith("\x1b[2K")
 
 
+def test_a_training_shows_loss_and_time_left(terminal):
+    """Steps, loss and an estimate while it runs; nothing is left of them."""
+    with screen.training_bar("training") as advance:
+        advance(1, 4, 1.25)
+        advance(2, 4, 1.125)
+
+    shown = terminal.file.getvalue()
+    assert "training" in shown
+    assert "loss 1.1250" in shown
+    assert "50%" in shown
+    assert shown.endswith("\x1b[2K")
+
+
 def test_bars_stay_out_of_pipes(capsys):
     """Without a terminal nothing at all is written."""
     with screen.bar("working") as advance:
         advance(1, 2)
+    with screen.training_bar("working") as advance_training:
+        advance_training(1, 2, 0.5)
     progress = screen.PromptBar()
     progress(1, 2)
     progress.close()

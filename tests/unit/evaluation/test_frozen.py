@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fedsea.errors import PartitionError
-from fedsea.evaluation.frozen import FrozenModel
+from fedsea.errors import PartitionError, UnsafeRows
+from fedsea.evaluation.frozen import FrozenModel, perplexity
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.partition import Partition
 
@@ -39,6 +39,20 @@ def test_gradients_reach_the_cut(tiny_model):
         quotient = (loss(rows + 1e-3 * away) - loss(rows - 1e-3 * away)) / 2e-3
     assert (gradient * away).sum().item() == pytest.approx(quotient.item(), rel=2e-2)
     assert not any(parameter.requires_grad for parameter in model.trunk.parameters())
+
+
+def test_rows_that_are_not_finite_are_refused(tiny_model):
+    """A damaged checkpoint is found before anything is learned from it."""
+    model = FrozenModel(Checkpoint.open(tiny_model), Partition(1, 0))
+    model.bottom.get_parameter("blocks.embed_tokens.weight").data[WINDOWS[0, 0]] = torch.nan
+    with pytest.raises(UnsafeRows):
+        model.rows(WINDOWS)
+
+
+def test_perplexity_stays_a_number():
+    """However bad the model is."""
+    assert perplexity(1.0) == pytest.approx(2.718281828)
+    assert perplexity(1e9) < float("inf")
 
 
 def test_a_partition_without_trunk_is_refused(tiny_model):
