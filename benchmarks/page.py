@@ -21,11 +21,17 @@ NOTHING = "No results have been committed yet: run `make bench`, then `python -m
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest results, a full run before a quick one; None when there are none."""
-    found = sorted(folder.glob("*.json"))
+    """The newest benchmarks, a full run before a quick one; None when there are none."""
+    found = [path for path in sorted(folder.glob("*.json")) if _is_benchmark(path)]
     whole = [path for path in found if not path.stem.endswith("-quick")]
     candidates = whole or found
     return candidates[-1] if candidates else None
+
+
+def _is_benchmark(path: Path) -> bool:
+    """Other measurements are kept in the same folder; only benchmarks name the hardware."""
+    about = json.loads(path.read_text(encoding="utf-8"))
+    return isinstance(about, dict) and "hardware" in about
 
 
 def table(results: Path | None) -> str:

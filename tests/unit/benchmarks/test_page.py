@@ -33,10 +33,17 @@ def test_the_page_shows_the_newest_results():
 def test_a_full_run_goes_before_a_newer_quick_one(tmp_path):
     """Quick results are shown only while there are no others."""
     quick, full = tmp_path / "2026-02-02-cpu-quick.json", tmp_path / "2026-01-02-cpu.json"
-    quick.touch()
+    quick.write_text(json.dumps(RESULT))
     assert page.newest(tmp_path) == quick
-    full.touch()
+    full.write_text(json.dumps(RESULT))
     assert page.newest(tmp_path) == full
+
+
+def test_other_measurements_are_no_benchmarks(tmp_path):
+    """Red team reports and the like are committed beside the benchmarks."""
+    (tmp_path / "2026-03-03-redteam.json").write_text('[{"attack": "r1"}]')
+    (tmp_path / "2026-03-03-placeholders.json").write_text('{"date": "2026-03-03"}')
+    assert page.newest(tmp_path) is None
 
 
 def test_without_results_the_page_says_how_to_get_some(tmp_path):
