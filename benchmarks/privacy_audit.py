@@ -58,6 +58,7 @@ def main() -> int:
     parser.add_argument("--confidence", type=float, default=0.999)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--repeat", type=int, default=0, help="runs of the two small mistakes")
+    parser.add_argument("--name", default="privacy-audit", help="of the page, after the date")
     options = parser.parse_args()
     noise, rows, wrong = NoiseSource(), [], 0
     began = time.monotonic()
@@ -77,8 +78,8 @@ def main() -> int:
         wrong += found.passed is case.is_broken
     repeated = _repeated(options, noise)
     command = shlex.join(["python", "-m", "benchmarks.privacy_audit", *sys.argv[1:]])
-    page = _page(command, time.monotonic() - began, [*rows, *repeated], options)
-    path = RESULTS / f"{datetime.now(UTC).date()}-privacy-audit.md"
+    page = _page(command, time.monotonic() - began, [*rows, *repeated], wrong, options)
+    path = RESULTS / f"{datetime.now(UTC).date()}-{options.name}.md"
     path.write_text(page, encoding="utf-8")
     print(f"{path}: {wrong} unexpected verdicts")
     return 1 if wrong else 0
@@ -115,7 +116,9 @@ def _row(case: Case, found: Audit, seconds: float) -> str:
     )
 
 
-def _page(command: str, seconds: float, rows: list[str], options: argparse.Namespace) -> str:
+def _page(
+    command: str, seconds: float, rows: list[str], wrong: int, options: argparse.Namespace
+) -> str:
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -126,6 +129,7 @@ def _page(command: str, seconds: float, rows: list[str], options: argparse.Names
             f"- command: `{command}`, {seconds:.0f} s, commit {commit}",
             f"- {options.samples:,} releases for each row, half of them of each of two inputs; "
             f"width {options.width}, confidence {options.confidence:.4g}; noise of the system",
+            f"- verdicts that are not the expected ones: {wrong}",
             f"- versions: python {platform.python_version()}, torch {torch.__version__}, "
             f"numpy {numpy.__version__}, scipy {scipy.__version__}",
             "",
