@@ -138,6 +138,9 @@ class Engine:
         # Commands handed in, counted by the loop, and handled, counted under `_turn`.
         self._handed_in = 0
         self._handled = 0
+        # Deliveries to the loop, counted under `_turn`, and those that have arrived there.
+        self._deliveries = 0
+        self._arrivals = 0
         self._turn = threading.Lock()
         self._works: dict[int, Work] = {}
         self._next_number = 0
@@ -204,11 +207,14 @@ class Engine:
         return isinstance(event, Append) and event.count <= LOOP_ROWS and len(self._works) == 1
 
     def _take_turn_now(self, accept: Callable[[], None]) -> bool:
-        """Compute on the event loop, if the engine is idle and nothing was handed in before."""
+        """Compute on the event loop, if the engine is idle and nothing was handed in before.
+
+        An answer of an earlier step that is still on its way to the loop must not be overtaken.
+        """
         if not self._turn.acquire(blocking=False):
             return False
         try:
-            if self._handled != self._handed_in:
+            if self._handled != self._handed_in or self._arrivals != self._deliveries:
                 return False
             accept()
             self._compute()
@@ -524,7 +530,13 @@ class Engine:
         if threading.get_ident() == self._loop_thread:
             _deliver_all(results)
         else:
-            self._call_loop(_deliver_all, results)
+            self._deliveries += 1
+            self._call_loop(self._arrive, results)
+
+    def _arrive(self, results: Iterable[tuple[Receiver, Result]]) -> None:
+        """On the loop: results of the engine's thread."""
+        self._arrivals += 1
+        _deliver_all(results)
 
     def _call_loop(self, function: Callable[..., None], *arguments: Any) -> None:
         assert self._loop is not None

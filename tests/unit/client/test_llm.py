@@ -405,7 +405,7 @@ def test_more_requests_than_local_memory(make_split):
         ({"dtype": "fp8"}, "use auto, fp32, bf16, fp16"),
         ({"device": "abacus"}, "use cpu, cuda or mps"),
         ({"codec": "zip"}, "use auto, fp32"),
-        ({"quantization": "int3"}, "use none or int8"),
+        ({"quantization": "int3"}, "use none, int8, nf4"),
     ],
 )
 def test_settings_that_do_not_exist(tiny_model, options, words):

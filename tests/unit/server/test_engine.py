@@ -70,6 +70,35 @@ def test_chunked_prefill_equals_whole(serving, connect, rows, expected):
     assert asyncio.run(dialogue()).numpy() == close_to(expected(sequence))
 
 
+def test_no_answer_overtakes_one_on_its_way_to_the_loop(serving, connect, rows, monkeypatch):
+    """A small Append waits its turn while the answer of a large one is still being handed over."""
+    sequence = rows(41)
+
+    async def dialogue():
+        async with serving() as service:
+            client = await connect(service)
+            await client.begin()
+            loop, engine = asyncio.get_running_loop(), service.engine
+            hand_over = engine._call_loop
+            handed_over = asyncio.Event()
+
+            def late(function, *arguments):
+                hand_over(handed_over.set)
+                hand_over(loop.call_later, 0.05, function, *arguments)
+
+            monkeypatch.setattr(engine, "_call_loop", late)
+            await client.push(sequence[:40])
+            await handed_over.wait()
+            while engine._turn.locked():  # noqa: ASYNC110 - the engine's thread is about to leave it
+                await asyncio.sleep(0)
+            await client.push(sequence[40:])
+            answers = [await client.pull(), await client.pull()]
+            await client.close()
+            return [len(answer) for answer in answers]
+
+    assert asyncio.run(dialogue()) == [40, 1]
+
+
 def test_concurrent_sessions_equal_solo_runs(serving, connect, rows, expected):
     """Sessions of several tenants that prefill and decode at the same time do not mix."""
     sequences = [rows(10 + 7 * n, seed=n) for n in range(6)]
