@@ -218,8 +218,8 @@ with the same prior knowledge can recover of one token. A measured recovery is o
 def _cut(rows: Sequence[Row]) -> str:
     first = rows[0]
     title = f"{escape(verdict.cut_text(first))}, {first.top} after"
-    plots = [_plot(_draw_tradeoff, rows, "Text recovered against use kept, for each mechanism")]
-    if len({row.attack for row in rows if row.attack in verdict.PROMPT_ATTACKS}) > 1:
+    plots = [_plot(_draw_tradeoff, rows, "Text recovered against use kept, strongest attack")]
+    if any(row.noise > 0 for row in rows):
         plots.append(_plot(_draw_attacks, rows, "The same noise, seen by each attack"))
     cards = "".join(_verdict_card(found) for found in verdict.mechanisms(rows))
     return (
@@ -407,7 +407,7 @@ def _draw_tradeoff(axes: Axes, rows: Sequence[Row]) -> None:
     """Agreement with the clean model on x, the strongest attack's recovery on y."""
     found = verdict.settings(rows)
     clean = [setting for setting in found if setting.strongest.mechanism == PLAIN]
-    names = [n for n in dict.fromkeys(s.strongest.mechanism for s in found) if n != PLAIN]
+    names = dict.fromkeys(s.strongest.mechanism for s in found if s.strongest.noise > 0)
     for number, name in enumerate(names):
         line = [*clean, *_by_noise(s for s in found if s.strongest.mechanism == name)]
         _line(
@@ -471,7 +471,7 @@ def _most_tried(rows: Sequence[Row]) -> str:
     """The mechanism with the most settings; FedSEA's when several have as many."""
     counts: dict[str, set[str]] = {}
     for row in rows:
-        if row.mechanism != PLAIN:
+        if row.noise > 0:
             counts.setdefault(row.mechanism, set()).add(row.parameters)
     if not counts:
         return PLAIN
@@ -526,7 +526,7 @@ _STYLE = """
   --card: #fff; --rule: #999; --bad: #8f1a12; --poor: #6b4600; --good: #116329;
   --series-0: #0550ae; --series-1: #953800; --series-2: #116329; --series-3: #6639ba;
   --series-4: #99286e; --series-5: #0b5960; --series-6: #5c4a00; --series-7: #424a53; }
-  section, article, figure, tr { break-inside: avoid-page; } section { break-inside: auto; } }
+  .plots { grid-template-columns: 1fr 1fr; } section, article, figure, tr { break-inside: avoid-page; } section { break-inside: auto; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 70rem; color: var(--ink);
   background: var(--ground); font: 1rem/1.55 system-ui, sans-serif; }
