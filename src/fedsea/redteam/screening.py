@@ -42,7 +42,7 @@ SCREENED_FROM = 4096
 
 SHORTLISTS = (64, 1024)
 _SAMPLE = 256
-_FITTED = 8192
+_FITTED = 4096
 _RECHECKED = 256
 _SAFETY = 4.0
 _MARGIN_SHARE = 0.5
@@ -77,6 +77,13 @@ class Isotropic:
         if self.center is None:
             return clip_rows(rows, self.radius)
         return self.center + clip_rows(rows - self.center, self.radius)
+
+    def score(self, releases: Tensor, means: Tensor) -> Tensor:
+        """Log-likelihood [v] of means [v, width] in float32, for coarse work."""
+        mean = releases.mean(dim=0)
+        spread = float((releases - mean).square().sum())
+        distances = (means - mean).square().sum(dim=1).double() * len(releases)
+        return (distances + spread) / (-2 * self.sigma**2)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -212,8 +219,12 @@ class Screen:
         for chunk in everything.split(CHUNK_ROWS):
             found = self.coarse.candidate_rows(coarse_prefix, chunk).float()
             encoded = self.channel.knowledge.encode(found)
-            scores.append(self.channel.likelihood(releases, encoded))
-            rows.append(encoded if self._law is None else self._law.means(encoded))
+            if self._law is None or self._law.sigma == 0:
+                scores.append(self.channel.likelihood(releases, encoded))
+                rows.append(encoded)
+            else:
+                rows.append(self._law.means(encoded).float())
+                scores.append(self._law.score(releases, rows[-1]))
         return torch.cat(rows), torch.cat(scores)
 
     def _means(self, law: Isotropic, prefix: Prefix, candidates: Tensor) -> Tensor:
