@@ -97,7 +97,7 @@ def audit(
     ],
     width: Annotated[int, typer.Option(help="Numbers in a row.")] = 128,
     codec: Annotated[str, typer.Option(help="How rows of floats travel.")] = "fp32",
-    samples: Annotated[int, typer.Option(help="Releases in all; more of them see more.")] = 200_000,
+    samples: Annotated[int, typer.Option(help="Releases in all; more of them see more.")] = 400_000,
     confidence: Annotated[
         float, typer.Option(help="Chance, at least, that a bound is right.")
     ] = 0.999,

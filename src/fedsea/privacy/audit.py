@@ -37,7 +37,7 @@ Channel = Callable[[Tensor], Tensor]
 Progress = Callable[[int, int], None]
 Floats = NDArray[np.float64]
 
-DEFAULT_SAMPLES = 200_000
+DEFAULT_SAMPLES = 400_000
 DEFAULT_CONFIDENCE = 0.999
 
 _LEAST_SAMPLES = 400
