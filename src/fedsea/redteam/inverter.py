@@ -47,7 +47,7 @@ class Recipe:
 
     architecture: Architecture = Architecture.GRU
     hidden: int = 256
-    steps: int = 400
+    steps: int = 250
     texts: int = 512
     batch: int = 16
     learning_rate: float = 2e-3
