@@ -11,11 +11,13 @@ if _typing.TYPE_CHECKING:
     from fedsea.client.generation import Completion, Sample
     from fedsea.client.huggingface import SplitForCausalLM
     from fedsea.client.llm import LLM
+    from fedsea.client.protection import Protection
     from fedsea.client.remote import Patience
     from fedsea.client.sampling import FinishReason, SamplingParams
     from fedsea.client.sessions import Chat, Session
     from fedsea.errors import FedseaError
     from fedsea.model.partition import Partition
+    from fedsea.privacy.accounts import Budget
     from fedsea.privacy.attestation import TokenVerifier
     from fedsea.privacy.placeholders.config import Placeholders
     from fedsea.transport.credentials import ClientTLS, Plaintext
@@ -24,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "Budget",
     "Chat",
     "ClientTLS",
     "Completion",
@@ -33,6 +36,7 @@ __all__ = [
     "Patience",
     "Placeholders",
     "Plaintext",
+    "Protection",
     "Sample",
     "SamplingParams",
     "Session",
@@ -43,6 +47,7 @@ __all__ = [
 
 _HOMES = {
     "LLM": "fedsea.client.llm",
+    "Budget": "fedsea.privacy.accounts",
     "Chat": "fedsea.client.sessions",
     "ClientTLS": "fedsea.transport.credentials",
     "Completion": "fedsea.client.generation",
@@ -52,6 +57,7 @@ _HOMES = {
     "Patience": "fedsea.client.remote",
     "Placeholders": "fedsea.privacy.placeholders.config",
     "Plaintext": "fedsea.transport.credentials",
+    "Protection": "fedsea.client.protection",
     "Sample": "fedsea.client.generation",
     "SamplingParams": "fedsea.client.sampling",
     "Session": "fedsea.client.sessions",

@@ -8,6 +8,7 @@ import sqlite3
 import pytest
 import torch
 
+from fedsea.client.huggingface import SplitForCausalLM
 from fedsea.client.protection import (
     Mode,
     Protection,
@@ -673,3 +674,31 @@ def test_errors_tell_nothing(connect):
     with pytest.raises(FedseaError) as refusal:
         split.llm.generate("Maria Okafor", max_new_tokens=1)
     assert "Maria" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+    ids=["beams", "samples", "lookup"],
+)
+def test_transformers_code_releases_each_row_once(connect, wire, greedy, options):
+    """Beams, samples and drafts over a split model: every chain of tokens is charged once."""
+    split = connect(EXACT)
+    ids = [5, 17, 33, 8, 60, 21, 17, 33, 8, 60, 4]
+    whole = torch.tensor([ids])
+    with SplitForCausalLM.from_llm(split.llm) as model:
+        found = model.generate(
+            whole,
+            attention_mask=torch.ones_like(whole),
+            max_new_tokens=12,
+            **{"do_sample": False, **options},
+        )
+    rows = [data for append in wire.of(Append) for _, data in rows_of(append)]
+    assert charged(split) == len(set(rows))
+    assert len(found[0]) > len(ids)
+    if "prompt_lookup_num_tokens" in options:
+        assert found[0, len(ids) :].tolist() == greedy(ids, 12)
