@@ -59,7 +59,7 @@ class Part(StrEnum):
 
 _ROWS = {
     Part.PROJECTIONS: "the rows that enter the trunk",
-    Part.DENOISERS: "the rows that leave it",
+    Part.DENOISERS: "the rows that leave the trunk",
 }
 
 
@@ -188,7 +188,13 @@ def page(part: Part, subjects: Iterable[Subject], command: str) -> Iterator[str]
 
 def projections_page(subjects: Iterable[Subject]) -> Iterator[str]:
     """Narrow rows without and with noise."""
-    yield from ("## Without noise, one block at the client", "")
+    yield from (
+        "## Without noise, one block at the client",
+        "",
+        "A pair that is trained for next tokens also fits the text, so its perplexity may fall "
+        "below that of the model alone; agreement tells how far it is from the model.",
+        "",
+    )
     yield from _head("model", "width", "trained for", "error", "perplexity", "agreement")
     for subject in subjects:
         yield from widths_table(subject)
