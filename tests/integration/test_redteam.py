@@ -9,6 +9,8 @@ from typer.testing import CliRunner
 
 from fedsea.cli import redteam
 from fedsea.cli.app import app
+from fedsea.demo import PROMPTS, model_path
+from fedsea.demo.trunk_process import TrunkProcess
 from fedsea.evaluation import verdict
 from fedsea.redteam.report import parse
 
@@ -85,3 +87,19 @@ def test_earlier_rows_are_shown_too(tmp_path):
     assert more.exit_code == 0, more.output
     rows = parse(second.read_text(encoding="utf-8"))
     assert [row.bottom for row in rows] == [1, 1, 0, 0]
+
+
+def test_real_traffic_is_read_from_a_recording(tmp_path):
+    """A prompt that went to a server over gRPC is read back from its recording, word for word."""
+    recording = tmp_path / "recording"
+    serve = [str(model_path()), "--plaintext", "--address", "127.0.0.1:0", "--threads", "1"]
+    with TrunkProcess(serve, tmp_path / "log") as server:
+        options = ("--server", server.address(), "--plaintext", "--max-new-tokens", "4")
+        sent = CliRunner().invoke(
+            app,
+            ["generate", str(model_path()), PROMPTS[1], *options, "--recording", str(recording)],
+        )
+        assert sent.exit_code == 0, sent.output
+    read = CliRunner().invoke(app, ["redteam", "--recording", str(recording)])
+    assert read.exit_code == 0, read.output
+    assert PROMPTS[1] in read.stdout

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from fedsea.client.generation import Completion
     from fedsea.client.llm import LLM
     from fedsea.client.sampling import SamplingParams
-    from fedsea.transport.recording import Recorder
+    from fedsea.transport.recording import Message, Observer, Recorder
 
 
 @flattened
@@ -51,6 +52,13 @@ def generate(
     stats: Annotated[
         bool, typer.Option("--stats", help="Show speed and traffic at the end.")
     ] = False,
+    recording: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write all messages to a new file, for `fedsea redteam --recording`.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a text with MODEL, whose trunk is served elsewhere.
@@ -66,15 +74,16 @@ def generate(
         notices.append(line)
         screen.notice(line)
 
-    with screen.loading(f"loading {Path(model).name}"):
-        llm = parts.connect(model, connection, take_notice, recorder, placeholders, privacy)
-    with llm:
-        if not as_json:
-            show_mode(llm)
-        completion = (
-            llm.generate(text, params) if as_json or n > 1 else show_stream(llm, text, params)
-        )
-        figures = {**summary(completion, recorder), **summary_of(llm, completion)}
+    with recorded(recording, recorder) as observer:
+        with screen.loading(f"loading {Path(model).name}"):
+            llm = parts.connect(model, connection, take_notice, observer, placeholders, privacy)
+        with llm:
+            if not as_json:
+                show_mode(llm)
+            completion = (
+                llm.generate(text, params) if as_json or n > 1 else show_stream(llm, text, params)
+            )
+            figures = {**summary(completion, recorder), **summary_of(llm, completion)}
     if as_json:
         screen.write_json({**figures, "notices": notices})
     elif n > 1:
@@ -101,6 +110,23 @@ def read_prompt(argument: str | None) -> str:
     if not text:
         raise RequestError("standard input is empty: give a prompt")
     return text
+
+
+@contextmanager
+def recorded(path: Path | None, recorder: Recorder) -> Iterator[Observer]:
+    """The recorder, and beside it a file when there is a path for one."""
+    if path is None:
+        yield recorder
+        return
+    from fedsea.transport.recording_file import RecordingWriter
+
+    with RecordingWriter(path) as writer:
+
+        def observe(message: Message) -> None:
+            recorder(message)
+            writer(message)
+
+        yield observe
 
 
 def quiet_recorder() -> Recorder:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 FLOOR_FAILED = 9
 NOT_PROTECTIVE = 10
 PLAIN = "plain"
+FLOOR_ATTACK = "r1"
 
 _VICTIM, _ATTACKER, _REPORT = "Data owner", "Attacker", "Report"
 
@@ -60,13 +61,22 @@ class VictimOptions:
     """Whose text is attacked, and what protects it."""
 
     text: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             help="Text file; what is not attacked of it is public.",
             show_default=False,
             rich_help_panel=_VICTIM,
         ),
-    ]
+    ] = None
+    recording: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of a text: read a file of `fedsea generate --recording` and show what the "
+            "attacks make of it.",
+            show_default=False,
+            rich_help_panel=_VICTIM,
+        ),
+    ] = None
     model: Annotated[
         list[Path] | None,
         typer.Option(
@@ -109,6 +119,17 @@ class VictimOptions:
             rich_help_panel=_VICTIM,
         ),
     ] = False
+
+    @property
+    def secret(self) -> Path:
+        """The file that is attacked.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self.text is None:
+            raise ConfigError("there is nothing to attack: give --text or --recording")
+        return self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +226,9 @@ def redteam(victim: VictimOptions, attacker: AttackerOptions, report: ReportOpti
     A client and a server run in this process; attackers see the recorded messages and nothing
     else. Exit code 9: the attacks failed their own check on the channel without protection.
     """
+    if victim.recording is not None:
+        _show_readings(victim, attacker, victim.recording)
+        return
     _check_files(report)
     rows = _earlier(report.add or [])
     with screen.bar("loading the models"):
@@ -274,7 +298,7 @@ def _plan(victim: VictimOptions, attacker: AttackerOptions, model: Path, bottom:
     mechanisms = [mechanism_from_spec(spec, width=width) for spec in given]
     tokenizer = load_tokenizer(checkpoint)
     texts = read_texts(
-        victim.text,
+        victim.secret,
         lambda text: tokenizer(text, verbose=False).input_ids,
         count=victim.texts,
         tokens=victim.tokens,
@@ -292,6 +316,38 @@ def _plan(victim: VictimOptions, attacker: AttackerOptions, model: Path, bottom:
         specs = (*sweep.published(), *sweep.sweep(public_rows(plan)))
         mechanisms += [mechanism_from_spec(spec, width=width) for spec in specs]
     return replace(plan, mechanisms=tuple(each for each in mechanisms if each is not None))
+
+
+def _show_readings(victim: VictimOptions, attacker: AttackerOptions, recording: Path) -> None:
+    """What each attack makes of each text of a recording, on standard output.
+
+    Raises:
+        ConfigError, ModelError: the recording cannot be read, or does not fit the options.
+    """
+    from fedsea.client.llm import load_tokenizer
+    from fedsea.demo import model_path
+    from fedsea.evaluation.replay import replay
+    from fedsea.model.checkpoint import Checkpoint
+    from fedsea.privacy.registry import mechanism_from_spec
+    from fedsea.transport.recording_file import read_recording
+
+    checkpoint = Checkpoint.open((victim.model or [model_path()])[0])
+    tokenizer = load_tokenizer(checkpoint)
+    specs = victim.mechanism or [PLAIN]
+    if len(specs) > 1:
+        raise ConfigError("a recording was made with one mechanism: give one --mechanism at most")
+    prefix = tuple(tokenizer("").input_ids)
+    found = replay(
+        read_recording(recording),
+        checkpoint,
+        (FLOOR_ATTACK,) if attacker.attacks is None else _attacks(attacker),
+        mechanism_from_spec(specs[0], width=checkpoint.hidden_size),
+        prefix,
+    )
+    for reading in found:
+        for number, ids in enumerate(reading.texts, start=1):
+            screen.err.rule(f"{reading.attack}, text {number}", align="left", style="dim")
+            screen.write(tokenizer.decode(ids[len(prefix) :]) + "\n")
 
 
 def _attacks(attacker: AttackerOptions) -> tuple[str, ...]:
@@ -349,7 +405,7 @@ def _about(victim: VictimOptions, report: ReportOptions, plan: Plan, seconds: fl
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         command=shlex.join(["fedsea", *sys.argv[1:]]),
         version=fedsea.__version__,
-        text=victim.text.name,
+        text=victim.secret.name,
         method=(
             f"{len(texts.secret)} texts of {victim.tokens} tokens were attacked; the first "
             f"{len(texts.prefix)} of each are what the tokenizer puts before every text and "

@@ -51,3 +51,17 @@ def test_a_damaged_report_is_refused(fedsea, text, tiny_model, tmp_path):
     result = fedsea("redteam", "--model", tiny_model, "--text", text, "--add", damaged)
     assert result.exit_code == 2
     assert "no row of a red team report" in result.stderr
+
+
+def test_there_must_be_something_to_attack(fedsea, tiny_model, tmp_path):
+    """Neither a text nor a recording, a recording that is none, and two mechanisms for one."""
+    nothing = fedsea("redteam", "--model", tiny_model)
+    assert nothing.exit_code == 2
+    assert "--text or --recording" in nothing.stderr
+    other = tmp_path / "other"
+    other.write_text("text")
+    result = fedsea("redteam", "--model", tiny_model, "--recording", other)
+    assert result.exit_code == 2
+    assert "no recording" in result.stderr
+    two = ("--mechanism", "plain", "--mechanism", "fedsea:scale=1")
+    assert fedsea("redteam", "--model", tiny_model, "--recording", other, *two).exit_code == 2
