@@ -190,7 +190,8 @@ class LLM:
             policy=policy,
         )
         connected = cls(checkpoint, split, tokenizer, background, placeholders, attestation)
-        logger.info("connected to %s: %s", description.model, connected.describe_mode())
+        if logger.isEnabledFor(logging.INFO):
+            logger.info("connected to %s: %s", description.model, connected.describe_mode())
         return connected
 
     @property

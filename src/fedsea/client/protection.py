@@ -136,6 +136,7 @@ class Protection:
             raise
         return ReleasePolicy(
             mechanism=mechanism,
+            loss=mechanism.loss(),
             account=account,
             ledger=ledger,
             rows=_row_format(mechanism, codec, width),
@@ -232,10 +233,12 @@ class PublicPrefix:
 class ReleasePolicy:
     """The rules by which rows of one client leave; all its sessions share them.
 
-    `rows` is the format in which they do.
+    `rows` is the format in which they do, and `loss` what one release costs, None without
+    differential privacy.
     """
 
     mechanism: Mechanism
+    loss: PrivacyLoss | None
     account: Account
     ledger: Ledger = field(repr=False)
     rows: RowFormat
@@ -265,7 +268,7 @@ class ReleasePolicy:
 
     def spent(self, releases: int) -> Spent:
         """What so many charged releases of this mechanism amount to."""
-        return Spent(releases, self.mechanism.loss(), self.unit, self.delta)
+        return Spent(releases, self.loss, self.unit, self.delta)
 
     def describe(self) -> str:
         """One line for people: what is done, what one release guarantees, and what is left.

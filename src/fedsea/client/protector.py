@@ -15,6 +15,7 @@ Tokens are kept as a chain of hashes under a key that never leaves the session.
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,9 +26,11 @@ from torch import Tensor
 
 from fedsea.client.protection import ReleasePolicy
 from fedsea.client.releases import Release, ReleaseStore
-from fedsea.errors import UnsafeRows
+from fedsea.errors import LedgerError, UnsafeRows
 from fedsea.privacy.denoiser import Restorer
 from fedsea.privacy.metering import SessionMeter
+
+logger = logging.getLogger("fedsea.client")
 
 _DIGEST_BYTES = 16
 _TOKEN_BYTES = 8
@@ -197,13 +200,16 @@ class Protector:
             path.restorer.rollback(length)
 
     def close(self) -> None:
-        """Give back what was reserved and never used.
+        """Give back what was reserved and never used; safe to repeat.
 
-        Raises:
-            LedgerError: the ledger cannot be written; then it stays charged.
+        When the ledger cannot be written it stays charged, which is no reason to withhold an
+        answer.
         """
         self._paths.clear()
-        self._meter.close()
+        try:
+            self._meter.close()
+        except LedgerError as error:
+            logger.warning("releases that were reserved and not used stay charged: %s", error)
 
     def _split(
         self, path: _Path, tokens: Sequence[int], digests: Sequence[bytes]

@@ -208,3 +208,12 @@ def test_closing_twice_is_safe(protect):
     protector.close()
     protector.close()
     assert protector.policy.statement().releases == 1
+
+
+def test_a_ledger_that_is_gone_at_the_end_is_said(protect, caplog):
+    """What cannot be given back stays charged; the session ends all the same."""
+    protector = protect()
+    protector.release(0, [1], rows_of([1]))
+    protector.policy.ledger.path.unlink()
+    protector.close()
+    assert "stay charged" in caplog.text
