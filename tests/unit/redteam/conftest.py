@@ -19,7 +19,7 @@ from fedsea.transport.recording import Direction, Message
 from fedsea.wire.codecs import Codec, RowFormat
 from fedsea.wire.framing import encode_event
 from fedsea.wire.limits import DEFAULT_LIMITS
-from fedsea.wire.messages import Opened, Output
+from fedsea.wire.messages import Event, Opened, Output
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +55,7 @@ def chain_of(rows: Tensor, *more: Tensor) -> Chain:
     return Chain(RowFormat(Codec.FP32, rows.shape[1]), releases, {})
 
 
-def recorded(*events: object) -> list[Message]:
+def recorded(*events: Event) -> list[Message]:
     """Events of both sides as recorded messages."""
     return [
         Message(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests.tiny_models import VOCABULARY
@@ -14,7 +16,7 @@ from fedsea.privacy.noise import NoiseSource
 from fedsea.redteam.inverter import Architecture, Inverter, Recipe
 from fedsea.redteam.knowledge import Knowledge
 
-SMALL = {"hidden": 48, "steps": 80, "batch": 16, "learning_rate": 1e-2}
+SMALL: dict[str, Any] = {"hidden": 48, "steps": 80, "batch": 16, "learning_rate": 1e-2}
 
 
 @pytest.fixture(scope="module")

@@ -46,6 +46,7 @@ def test_weak_noise_does_not_help(knowledge_of, hidden_states, secret):
     guess = PrefixSearch().read(chain_of(sent), knowledge_of(1), mechanism)
 
     assert guess.ids == tuple(secret.tolist())
+    assert guess.scores is not None
     assert len(guess.scores) == len(secret)
 
 

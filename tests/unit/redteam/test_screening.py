@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests.tiny_models import save_tiny
@@ -9,6 +11,7 @@ from tests.unit.redteam.conftest import chain_of
 
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.partition import Partition
+from fedsea.privacy.clipping import Clipping
 from fedsea.privacy.gaussian import FedSEAGaussian, Gaussian
 from fedsea.privacy.metric import MetricDP
 from fedsea.privacy.noise import NoiseSource
@@ -84,7 +87,8 @@ def test_entries_that_are_equal_do_not_hide_each_other(tmp_path, text):
     """Of vocabulary entries with one embedding the first is named, as in the whole search."""
     folder = save_tiny("llama", tmp_path, vocab_size=SIZE)
     knowledge = Knowledge.of_weights(Checkpoint.open(folder), Partition(1, 0))
-    weight = knowledge.weights().span.blocks.embed_tokens.weight
+    blocks: Any = knowledge.weights().span.blocks
+    weight = blocks.embed_tokens.weight
     weight.data = weight.data.clone()
     weight.data[text[5]] = weight.data[text[5] - 1]
 
@@ -95,7 +99,11 @@ def test_entries_that_are_equal_do_not_hide_each_other(tmp_path, text):
 
 def test_laws_that_have_a_certificate():
     """Gaussian noise on single rows has one, everything else has none."""
-    assert Isotropic.of(None).sigma == 0.0
-    assert Isotropic.of(FedSEAGaussian(0.02)).sigma == FedSEAGaussian(0.02).sigma
-    assert Isotropic.of(Gaussian(clip_norm=1.0, mu=1.0, by="frobenius")) is None
+    clean, noisy = Isotropic.of(None), Isotropic.of(FedSEAGaussian(0.02))
+
+    assert clean is not None
+    assert clean.sigma == 0.0
+    assert noisy is not None
+    assert noisy.sigma == FedSEAGaussian(0.02).sigma
+    assert Isotropic.of(Gaussian(clip_norm=1.0, mu=1.0, by=Clipping.FROBENIUS)) is None
     assert Isotropic.of(MetricDP(eta=1.0, clip_norm=1.0, width=4)) is None
