@@ -13,7 +13,7 @@ THREADS ?= 2
 LOCAL := OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench bench-quick docs proto clean
+.PHONY: help demo test check format bench bench-quick redteam docs proto clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +40,19 @@ bench: $(DEV)  ## measure everything and write benchmarks/results/
 
 bench-quick: $(DEV)  ## the ratios that matter, in under six minutes on two cores
 	$(BIN)/python -m benchmarks.run --quick $(ARGS)
+
+# Texts and pretrained models are not in the repository; ASSETS says where they are.
+ASSETS ?= ../shared/assets
+REDTEAM := $(BIN)/fedsea redteam --text $(ASSETS)/data/tinystories/valid_cased.txt --threads $(THREADS)
+REPORT := benchmarks/results/$(shell date -u +%F)-redteam
+
+redteam: $(DEV)  ## attack two pretrained models under every mechanism, write benchmarks/results/
+	$(REDTEAM) --model $(ASSETS)/models/stories260K --bottom 0 --bottom 1 --sweep --json .redteam-1.json $(ARGS)
+	$(REDTEAM) --model $(ASSETS)/models/tinystories656K --bottom 0 --bottom 1 --sweep --json .redteam-2.json $(ARGS)
+	$(REDTEAM) --model $(ASSETS)/models/stories260K --bottom 2 --bottom 3 $(ARGS) \
+	  --add .redteam-1.json --add .redteam-2.json \
+	  --json $(REPORT).json --markdown $(REPORT).md --html $(REPORT).html
+	rm -f .redteam-1.json .redteam-2.json
 
 docs: $(DEV)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
