@@ -1,10 +1,11 @@
 """What one session has to pay: positions, forks and blocks of releases over an account.
 
-Unit token. A session costs as many releases as its most released position: the tokens of a session
-stand at different positions, and one token changes the rows of its own position only, so positions
-compose in parallel. Feeding another token at a position is one more release of that position.
-Sequences that were forked from each other are counted together position by position, because beams
-and samples of one prompt may hold the same token there; sequences that were begun apart are not.
+Unit token. A text costs as many releases as its most released position: its tokens stand at different
+positions, and one token changes the rows of its own position only, so positions compose in parallel.
+Feeding another token at a position is one more release of that position. Sequences that were forked
+from each other are counted together position by position, because beams and samples of one prompt may
+hold the same token there. Sequences that were begun apart add up, as sessions do: nothing tells that
+they hold different texts, and the rows of equal ones are released with noise of their own.
 
 Units prompt and record. Every release of the session composes with every other. Rows of a prompt are
 reserved exactly, decoding draws on blocks, so that a token costs no write to disk.
@@ -27,9 +28,13 @@ BLOCK = 64
 
 @dataclass(slots=True)
 class _Family:
-    """Releases of each position, over sequences that were forked from each other."""
+    """Releases of each position, over sequences that were forked from each other.
+
+    `depth` is that of the most released position: what the family has paid.
+    """
 
     released: list[int] = field(default_factory=list)
+    depth: int = 0
 
     def depth_of(self, start: int, count: int) -> int:
         """Releases of the most released of some positions."""
@@ -37,6 +42,7 @@ class _Family:
 
     def add(self, start: int, count: int) -> None:
         """Count one more release of some positions."""
+        self.depth = max(self.depth, self.depth_of(start, count) + 1)
         missing = start + count - len(self.released)
         self.released.extend([0] * max(0, missing))
         for position in range(start, start + count):
@@ -55,7 +61,6 @@ class SessionMeter:
         self.account = account
         self._block = block
         self._families: dict[int, _Family] = {}
-        self._depth = 0
         self._used = 0
         self._reserved: Reservation | None = None
         self._lock = threading.Lock()
@@ -128,14 +133,11 @@ class SessionMeter:
                 reserved.settle()
 
     def _charge_positions(self, start: int, count: int, sequence: int) -> None:
-        """Pay for what the most released position rises above all that was paid before."""
+        """Pay when the most released position of the family rises; it rises by one at most."""
         family = self._families.setdefault(sequence, _Family())
-        depth = family.depth_of(start, count) + 1
-        if depth > self._depth:
-            rise = depth - self._depth
-            self._ensure(rise, rise)
-            self._use(rise)
-            self._depth = depth
+        if family.depth_of(start, count) == family.depth:
+            self._ensure(1, 1)
+            self._use(1)
         family.add(start, count)
 
     def _ensure(self, least: int, most: int) -> None:

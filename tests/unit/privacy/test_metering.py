@@ -62,21 +62,21 @@ def test_sessions_compose_sequentially(ledger):
     assert charged(account) == 4
 
 
-def test_sequences_apart_are_parallel_and_forks_are_not(ledger):
-    """Unit token: rows of a batch hold other tokens, samples of a prompt may hold the same."""
+def test_sequences_apart_add_up_and_forks_share_what_they_have_in_common(ledger):
+    """Unit token: a text that comes again in the same session is released again, and paid again."""
     account = ledger.account("acme", Unit.TOKEN, ONE)
     with SessionMeter(account) as meter:
         meter.reserve_positions(0, 10, sequence=0)
         meter.reserve_positions(0, 10, sequence=1)
-        assert charged(account) == 1
+        assert charged(account) == 2
         meter.fork(0, 2)
         meter.reserve_positions(10, 1, sequence=0)
-        assert charged(account) == 1
-        meter.reserve_positions(10, 1, sequence=2)
         assert charged(account) == 2
+        meter.reserve_positions(10, 1, sequence=2)
+        assert charged(account) == 3
         meter.drop(0)
         meter.reserve_positions(0, 10, sequence=0)
-        assert charged(account) == 2
+        assert charged(account) == 4
 
 
 def test_a_refused_release_is_not_counted(ledger):
@@ -97,8 +97,8 @@ def test_a_refused_release_is_not_counted(ledger):
         st.tuples(st.integers(0, 12), st.integers(1, 6), st.integers(0, 2)), min_size=1, max_size=20
     )
 )
-def test_a_session_costs_its_most_released_position(tmp_path_factory, messages):
-    """Unit token: whatever is sent in whatever order, the charge is the largest count."""
+def test_a_session_costs_the_most_released_position_of_each_text(tmp_path_factory, messages):
+    """Unit token: whatever is sent in whatever order, each sequence costs its largest count."""
     with Ledger.open(tmp_path_factory.mktemp("law") / "privacy.ledger") as ledger:
         account = ledger.account("acme", Unit.TOKEN, ONE)
         counts: dict[tuple[int, int], int] = {}
@@ -108,7 +108,9 @@ def test_a_session_costs_its_most_released_position(tmp_path_factory, messages):
                 for position in range(start, start + count):
                     key = sequence, position
                     counts[key] = counts.get(key, 0) + 1
-                assert charged(account) == max(counts.values())
+                texts = {sequence for sequence, _ in counts}
+                deepest = [max(n for (s, _), n in counts.items() if s == text) for text in texts]
+                assert charged(account) == sum(deepest)
 
 
 @pytest.mark.parametrize("unit", [Unit.PROMPT, Unit.RECORD])
