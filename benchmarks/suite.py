@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.bench import Bench
 from benchmarks.cases import (
+    attack,
     concurrency,
     decode,
     floors,
@@ -46,6 +47,7 @@ CASES: dict[str, Case] = {
 }
 FULL_ONLY: dict[str, Case] = {
     "quality": quality.rows,
+    "attack": attack.rows,
     "network": network.rows,
     "memory": memory.rows,
     "gpu": gpu.rows,
