@@ -37,6 +37,7 @@ from fedsea.privacy.calibration import Calibration
 from fedsea.privacy.gaussian import Gaussian
 from fedsea.privacy.mechanism import Mechanism
 from fedsea.privacy.metric import MetricDP
+from fedsea.privacy.noise import NoiseSource
 from fedsea.privacy.quantization import StochasticQuantization
 
 WINDOW = 128
@@ -44,8 +45,6 @@ BITS = 4
 NARROWER = (8, 4, 2)
 DEL_MU = (8.0, 20.0, 60.0)
 DENOISED_MU = (8.0, 32.0)
-NOTHING_PASSES = 0.01
-"""A mu at which an answer says nothing: what a denoiser does alone."""
 DEL_CLIP = 0.05
 INSIDE = 0.99
 
@@ -81,6 +80,31 @@ class Subject:
         """Train a projection."""
         recipe = projection_training.Recipe(width, objective, Schedule(self.steps))
         return projection_training.train_projection(model, self.text, recipe, mechanism)
+
+
+class Silence(Mechanism):
+    """Zeros instead of rows: the control in which the server has nothing to work on."""
+
+    name = "silence"
+
+    def protect(self, rows: Tensor, noise: NoiseSource) -> Tensor:  # noqa: ARG002 - needs none
+        """Zeros."""
+        return torch.zeros_like(rows)
+
+    def loss(self) -> None:
+        """Not accounted: nothing is sent outside this benchmark."""
+
+    def _scores(self, released: Tensor, clean: Tensor) -> Tensor:  # noqa: ARG002
+        """The same for every candidate."""
+        return torch.zeros(len(clean), dtype=torch.float64)
+
+    def parameters(self) -> dict[str, str]:
+        """None."""
+        return {}
+
+    def describe(self) -> str:
+        """One line for people."""
+        return "nothing is sent"
 
 
 def widths_table(subject: Subject) -> Iterator[str]:
@@ -126,18 +150,18 @@ def denoiser_table(subject: Subject) -> Iterator[str]:
     norm = public.clip_norm(INSIDE, centered=False)
     head = (subject.checkpoint.name, f"{partition.bottom} + {partition.top}")
     yield _row(*head, "any", "any", "no answer at all", *without_answers(model, subject.text))
-    for mu in (NOTHING_PASSES, *DENOISED_MU):
-        noises: list[Mechanism] = [Gaussian(public.clip_norm(INSIDE), mu, center=public.mean)]
-        if mu > NOTHING_PASSES:
-            noises.append(MetricDP(mu * hidden**0.5 / (2 * norm), norm, hidden))
-        for noise in noises:
-            recipe = denoiser_training.Recipe(schedule=Schedule(subject.steps))
-            cut = Cut(subject.text.prefix, noise)
-            done = denoiser_training.train_denoiser(model, subject.text, recipe, cut)
-            for name, found in (
-                ("without", done.without), ("linear start", done.start), ("trained", done.end)
-            ):  # fmt: skip
-                yield _row(*head, noise.name, f"{mu:g}", name, *_cells(found))
+    noises: list[tuple[str, Mechanism]] = [("any", Silence())]
+    for mu in DENOISED_MU:
+        noises.append((f"{mu:g}", Gaussian(public.clip_norm(INSIDE), mu, center=public.mean)))
+        noises.append((f"{mu:g}", MetricDP(mu * hidden**0.5 / (2 * norm), norm, hidden)))
+    for shown, noise in noises:
+        recipe = denoiser_training.Recipe(schedule=Schedule(subject.steps))
+        cut = Cut(subject.text.prefix, noise)
+        done = denoiser_training.train_denoiser(model, subject.text, recipe, cut)
+        for name, found in (
+            ("without", done.without), ("linear start", done.start), ("trained", done.end)
+        ):  # fmt: skip
+            yield _row(*head, noise.name, shown, name, *_cells(found))
 
 
 @torch.no_grad()
@@ -221,8 +245,8 @@ def denoisers_page(subjects: Iterable[Subject]) -> Iterator[str]:
         f"{INSIDE:.0%} quantiles of public rows. The denoiser has 2 layers of 128; with models "
         "this small it has about as many parameters as their trunk, so the gain is what can be "
         "had, not what it costs. What the server contributes is only what lies above two controls: "
-        "*no answer at all*, what the client makes of its clean rows by a linear map, and *trained* "
-        f"at mu {NOTHING_PASSES:g}, a denoiser whose answers say nothing.",
+        "*no answer at all*, what the client makes of its clean rows by a linear map, and a denoiser "
+        "trained under *silence*, where zeros are sent instead of rows.",
         "",
     )
     yield from _head("model", "cut", "noise", "mu", "denoiser", "error", "perplexity", "agreement")
