@@ -79,7 +79,8 @@ class Protection:
             kept there, or no limit.
         delta: at which epsilon is shown.
         public_prefix: how sequences begin that everybody may know: "bos" for the model's
-            begin-of-text token, another text, or a number of tokens; 0 for nothing. Its rows cost
+            begin-of-text token, another text, or a number of tokens; 0 for nothing. A text is
+            public only as a whole: what begins like it and goes on otherwise is not. Its rows cost
             nothing. They travel without noise, except that a mechanism which sends counts sends
             them as counts too: a session has one format.
         projection: makes rows narrow before the mechanism sees them; a pair or its file.
@@ -196,10 +197,14 @@ class Protection:
 
 @dataclass(frozen=True, slots=True)
 class PublicPrefix:
-    """How sequences begin that everybody may know: these tokens, or so many, whatever they are."""
+    """How sequences begin that everybody may know: these tokens, or so many, whatever they are.
+
+    The first `alone` of the tokens are public without those that follow them.
+    """
 
     ids: tuple[int, ...] = ()
     length: int = 0
+    alone: int = 0
 
     @classmethod
     def of(cls, chosen: str | int, tokenizer: PreTrainedTokenizerBase) -> PublicPrefix:
@@ -212,21 +217,25 @@ class PublicPrefix:
             if chosen < 0:
                 raise ConfigError(f"a public prefix of {chosen} tokens; give 0 or more")
             return cls(length=chosen)
+        bos = tokenizer.bos_token_id
         if chosen == BOS:
-            bos = tokenizer.bos_token_id
-            return cls() if bos is None else cls(ids=(int(bos),))
-        return cls(ids=tuple(tokenizer(chosen).input_ids))
+            return cls() if bos is None else cls(ids=(int(bos),), alone=1)
+        ids = tuple(tokenizer(chosen).input_ids)
+        return cls(ids=ids, alone=int(bos is not None and ids[:1] == (bos,)))
 
     def reaches(self, start: int, tokens: Sequence[int]) -> int:
-        """How many of the tokens from position `start` on are public, all before them being so."""
+        """How many of the tokens from position `start` on are public, all before them being so.
+
+        A private text that shares its first words with the public one must not give them away, so
+        the tokens count as public when all that is left of the public text is there.
+        """
         if self.length:
             return max(0, min(self.length - start, len(tokens)))
-        count = 0
-        for expected, token in zip(self.ids[start:], tokens, strict=False):
-            if expected != token:
-                break
-            count += 1
-        return count
+        for end in (len(self.ids), self.alone):
+            left = self.ids[start:end]
+            if left and tuple(tokens[: len(left)]) == left:
+                return len(left)
+        return 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,16 +140,28 @@ class Protector:
             LedgerError: the charge could not be written.
         """
         path = self._paths[sequence]
-        known, public = self._split(path, tokens, path.following(tokens))
-        first, releases = known + public, 0
+        known = _known_count(path, path.following(tokens))
+        first, releases = max(known, self._public_reach(path, tokens)), 0
         for end in range(chunk, len(tokens) + chunk, chunk):
             fresh = min(end, len(tokens)) - max(first, end - chunk)
             releases += self._policy.mechanism.releases(fresh) if fresh > 0 else 0
         if releases:
             self._meter.reserve_ahead(releases)
 
-    def release(self, sequence: int, tokens: Sequence[int], rows: Tensor) -> bytes:
+    def length(self, sequence: int) -> int:
+        """Rows that were handed out for a sequence."""
+        return len(self._paths[sequence].digests)
+
+    def release(
+        self, sequence: int, tokens: Sequence[int], rows: Tensor, later: Sequence[int] = ()
+    ) -> bytes:
         """What leaves for the next rows (n, hidden) of a sequence, which belong to these tokens.
+
+        Args:
+            sequence: which one.
+            tokens: n token ids.
+            rows: what the bottom made of them.
+            later: tokens of the same prompt that follow; they show whether it begins publicly.
 
         Returns:
             Bytes in the format of the policy.
@@ -161,7 +173,9 @@ class Protector:
         """
         path = self._paths[sequence]
         digests = path.following(tokens)
-        known, public = self._split(path, tokens, digests)
+        reach = min(self._public_reach(path, [*tokens, *later]), len(tokens))
+        known = _known_count(path, digests)
+        public = max(0, reach - known)
         data = self._repeated(path, digests[:known]) if known else b""
         if known < len(tokens):
             start = len(path.digests) + known
@@ -170,8 +184,7 @@ class Protector:
             data = data + fresh if data else fresh
         if path.restorer is not None:
             self._remember(path, rows, data)
-        if path.public == len(path.digests):
-            path.public += self._policy.public.reaches(len(path.digests), tokens)
+        path.public += reach
         path.digests.extend(digests)
         return data
 
@@ -211,17 +224,10 @@ class Protector:
         except LedgerError as error:
             logger.warning("releases that were reserved and not used stay charged: %s", error)
 
-    def _split(
-        self, path: _Path, tokens: Sequence[int], digests: Sequence[bytes]
-    ) -> tuple[int, int]:
-        """How many of the next rows were released before, and how many after them are public."""
-        known = 0
-        while known < len(digests) and digests[known] in path.memo:
-            known += 1
+    def _public_reach(self, path: _Path, tokens: Sequence[int]) -> int:
+        """How many of the next tokens are public, all of the sequence before them being so."""
         at = len(path.digests)
-        if path.public < at:
-            return known, 0
-        return known, max(0, self._policy.public.reaches(at, tokens) - known)
+        return self._policy.public.reaches(at, tokens) if path.public == at else 0
 
     def _fresh(self, sequence: int, start: int, rows: Tensor, public: int) -> bytes:
         """New releases for rows from position `start` on; the first `public` cost nothing."""
@@ -268,6 +274,11 @@ class Protector:
         narrow = clean if policy.projection is None else policy.projection.encode(rows).cpu()
         noise = policy.rows.decode(data, len(rows)) - narrow
         path.known.append(_Known(len(path.digests), clean, noise))
+
+
+def _known_count(path: _Path, digests: Sequence[bytes]) -> int:
+    """How many of the next rows were released before."""
+    return next((n for n, digest in enumerate(digests) if digest not in path.memo), len(digests))
 
 
 def _first(entry: _Known, length: int) -> _Known:

@@ -24,7 +24,7 @@ from fedsea.client.releases import ReleaseStore
 from fedsea.client.remote import Patience, RemoteTrunk, SessionPlan, Tell, Traffic
 from fedsea.client.sampling import Sampler
 from fedsea.client.servers import Endpoint, Expectation
-from fedsea.errors import LocalProtocolError, PrivacyError, PromptTooLong
+from fedsea.errors import FedseaError, PromptTooLong
 from fedsea.wire.codecs import RowFormat
 from fedsea.wire.messages import Description, Want
 
@@ -40,7 +40,7 @@ class SplitModel:
     """The client's parts, the servers, and how they talk.
 
     The trunk's `description` is that of the first server that answered. Without a `policy` rows
-    leave as they are.
+    leave as they are. `adapter` names the server's part of a LoRA adapter; empty for none.
     """
 
     parts: LocalParts
@@ -53,6 +53,7 @@ class SplitModel:
     up: RowFormat
     down: RowFormat
     policy: ReleasePolicy | None = None
+    adapter: str = ""
     protectors: WeakSet[Protector] = field(default_factory=WeakSet, repr=False)
 
     async def open(self, capacities: Sequence[int]) -> SplitSession:
@@ -77,6 +78,7 @@ class SplitModel:
             reserve_rows=sum(_whole(rows, page) for rows in capacities),
             up=self.up,
             down=self.down,
+            adapter=self.adapter,
         )
         trunk = RemoteTrunk(self.endpoints, plan, self.store, self.patience, self.tell)
         try:
@@ -229,7 +231,8 @@ class SplitSession:
                 rows = await self._parts.run_bottom(BottomJob(self._accounts[0], sequence, chunk))
                 unsent -= len(chunk)
                 want = self._want(keep_any=unsent < keep)
-                coming.append((len(chunk), self._release(sequence, chunk, rows, want)))
+                later = ids[len(ids) - unsent :]
+                coming.append((len(chunk), self._release(sequence, chunk, rows, want, later)))
             count, arrival = coming.popleft()
             unread -= count
             last = unread == 0
@@ -248,7 +251,7 @@ class SplitSession:
     async def _step(self, sequence: int, ids: Tensor, sampler: Sampler | None) -> TopResult:
         """One token of a sequence, in step with the other sequences of this process."""
         rows = await self._parts.run_bottom(BottomJob(self._accounts[0], sequence, ids))
-        arrival = self._release(sequence, ids, rows, Want.LAST)
+        arrival = self._release(sequence, ids, rows, Want.LAST, ids[1:])
         key = self._parts.lockstep.send()
         try:
             back = await arrival
@@ -257,21 +260,26 @@ class SplitSession:
         return await self._finish(sequence, back, 1, 1, sampler)
 
     def _release(
-        self, sequence: int, ids: Tensor, rows: Tensor, want: Want
+        self, sequence: int, ids: Tensor, rows: Tensor, want: Want, later: Tensor
     ) -> asyncio.Future[Tensor]:
-        """Send the rows of some tokens as the policy lets them leave, or as they are."""
+        """Send the rows of some tokens as the policy lets them leave, or as they are.
+
+        `later` are the tokens that follow in the same prompt.
+        """
         if self._protector is None:
             return self._trunk.append(sequence, rows, want)
         try:
-            data = self._protector.release(sequence, ids.tolist(), rows)
-        except (PrivacyError, LocalProtocolError):
+            data = self._protector.release(sequence, ids.tolist(), rows, later.tolist())
+            return self._trunk.send(sequence, data, len(ids), want)
+        except FedseaError:
             self._forget_unreleased(sequence)
             raise
-        return self._trunk.send(sequence, data, len(ids), want)
 
     def _forget_unreleased(self, sequence: int) -> None:
-        """Rows of the bottom that were not released are made anew when they are fed again."""
+        """Rows that were not sent are made anew, or taken from the memo, when they are fed again."""
         bottom, released = self._parts.bottom.pool, self.length(sequence)
+        if self._protector is not None and self._protector.length(sequence) > released:
+            self._protector.rollback(sequence, released)
         if bottom.sequence(self._accounts[0], sequence).length > released:
             bottom.rollback(self._accounts[0], sequence, released)
 

@@ -23,6 +23,7 @@ from fedsea.errors import (
     FedseaError,
     FingerprintMismatch,
     LedgerError,
+    Unreachable,
     UnsafeRows,
 )
 from fedsea.model.checkpoint import Checkpoint
@@ -293,6 +294,30 @@ def rows_of(append):
             offset += size
 
 
+def test_a_session_that_ends_between_charge_and_send(connect, wire, monkeypatch):
+    """Rows that were charged and could not be sent go out later, unchanged and at their place."""
+    split = connect()
+    with Session.open(split.llm) as session:
+        session.generate(PROMPT, max_new_tokens=1)
+        trunk, parts = session._split._trunk, type(split.llm.split.parts)
+        run_bottom = parts.run_bottom
+
+        async def last_rows(self, job):
+            rows = await run_bottom(self, job)
+            await trunk._drop_link(trunk._link)
+            trunk._link = None
+            trunk._fail(Unreachable("nobody is there"))
+            return rows
+
+        monkeypatch.setattr(parts, "run_bottom", last_rows)
+        with pytest.raises(Unreachable):
+            session.generate("abc", max_new_tokens=3)
+        monkeypatch.undo()
+        assert session._split._protector.length(0) == session._split.length(0) == 25
+        session.generate(max_new_tokens=3, ignore_eos=True)
+        assert len(sent_rows(wire)) == session._split.charged == 25 + 4 + 2
+
+
 def test_recomputing_without_a_cache_would_cost_more(connect):
     """The baseline without a KV cache sends the text anew for every token: each time new releases."""
     split = connect()
@@ -389,8 +414,8 @@ def test_what_was_reserved_and_not_used_comes_back(connect):
 
 
 def test_a_public_beginning_is_free_and_clean(connect, wire, monkeypatch):
-    """Rows of a declared public text travel as they are and cost nothing, until the text differs."""
-    split = connect(public_prefix="What did they")
+    """Rows of a declared public text travel as they are and cost nothing."""
+    split = connect(public_prefix="What did the")
     bottom = []
     runner = split.llm.split.parts.bottom
     run = runner.run
@@ -401,14 +426,30 @@ def test_a_public_beginning_is_free_and_clean(connect, wire, monkeypatch):
 
     runner.run = recorded
     completion = split.llm.generate(PROMPT, max_new_tokens=1)
-    public = len("What did the")  # then the prompt has a space where the public text has a "y"
+    public = len("What did the")
     assert releases(completion) == charged(split) == 25 - public
     chosen = wire.of(Open)[0].up_format(HIDDEN)
     sent = chosen.decode(wire.of(Append)[0].rows, 25)
     assert torch.equal(sent[:public], bottom[0][:public].float())
     assert not torch.equal(sent[public:], bottom[0][public:].float())
-    again = split.llm.generate("Who", max_new_tokens=1)
-    assert releases(again) == 1
+
+
+@pytest.mark.parametrize("prompt", ["Who", "What did th", "What did our", "x", "<s>What"])
+def test_a_private_text_that_begins_like_the_public_one_is_private(connect, prompt):
+    """Words that a private prompt shares with the public text are protected and charged."""
+    split = connect(public_prefix="What did the")
+    ids = split.llm.encode(prompt)
+    assert releases(split.llm.generate(prompt, max_new_tokens=1)) == len(ids)
+
+
+def test_a_public_text_over_several_chunks(connect, wire):
+    """It is recognised by all of the prompt that is fed, and fed in parts only by what came."""
+    public = "y" * 300
+    split = connect(public_prefix=public)
+    assert releases(split.llm.generate(public + "abc", max_new_tokens=1)) == 3
+    assert releases(split.llm.generate(public[:299] + "abc", max_new_tokens=1)) == 302
+    with Session.open(split.llm, 400) as session:
+        assert releases(session.generate(public[:280], max_new_tokens=1)) == 280
 
 
 def test_a_number_of_public_tokens(connect):
@@ -437,14 +478,13 @@ def test_public_prefixes(tiny_model, connect):
     """How far tokens are public, from any position."""
     tokenizer = connect().llm.tokenizer
     assert PublicPrefix.of("bos", tokenizer).ids == (1,)
-    text = PublicPrefix(ids=(5, 6, 7))
-    assert [text.reaches(0, tokens) for tokens in ([5, 6], [5, 7], [6], [5, 6, 7, 8])] == [
-        2,
-        1,
-        0,
-        3,
-    ]
-    assert (text.reaches(2, [7, 7]), text.reaches(3, [1])) == (1, 0)
+    text = PublicPrefix(ids=(1, 5, 6), alone=1)
+    begun = ([1, 5], [1, 7, 6], [5, 6], [1, 5, 6, 8], [1])
+    assert [text.reaches(0, tokens) for tokens in begun] == [1, 1, 0, 3, 1]
+    assert [text.reaches(1, tokens) for tokens in ([5, 6, 1], [5], [1])] == [2, 0, 0]
+    assert text.reaches(3, [1]) == 0
+    assert PublicPrefix.of("<s>ab", tokenizer).alone == 1
+    assert PublicPrefix.of("ab", tokenizer).alone == 0
     number = PublicPrefix(length=4)
     assert (number.reaches(0, [1]), number.reaches(3, [1, 1]), number.reaches(9, [1])) == (1, 1, 0)
     with pytest.raises(ConfigError, match="0 or more"):
