@@ -8,6 +8,10 @@ is no medical advice.
 Document number `index` of seed `seed` is always the same text, on every machine. All chance goes
 through `Draw`, which also adds up the information of the choices made. The text holds at most that
 much: not every drawn fact is told in every kind of text.
+
+Documents that the demo model has not seen, for whoever needs text of its kind:
+
+    python -m scripts.demo_notes COUNT
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import datetime as dt
 import math
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeVar
@@ -1359,3 +1364,12 @@ def _answers(visit: Visit) -> dict[str, tuple[tuple[str, ...], str]]:
         ),
         "thanks": (("Thank you.", "Thanks!"), "You are welcome."),
     }
+
+
+_UNSEEN_SEED: Final = 40127
+"""Neither that of the training nor that of its held-out loss."""
+
+
+if __name__ == "__main__":
+    for number in range(int(sys.argv[1])):
+        print(document(_UNSEEN_SEED, number).whole_text, end="\n\n")

@@ -109,7 +109,8 @@ class Workplace:
     _servers: dict[str, _Server] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
-        (self.folder / "src").symlink_to(ROOT / "src")
+        for name in ("src", "scripts"):
+            (self.folder / name).symlink_to(ROOT / name)
         binaries = self.folder / ".venv" / "bin"
         binaries.mkdir(parents=True)
         (binaries / "activate").write_text(f"export PATH={shlex.quote(str(binaries))}:$PATH\n")

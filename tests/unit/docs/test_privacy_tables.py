@@ -1,0 +1,31 @@
+"""Tables of the privacy pages say what code and committed results say now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from scripts.privacy_tables import PAGES, TABLES, with_tables
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_tables_are_up_to_date(page: Path) -> None:
+    """No number was typed; `python -m scripts.privacy_tables` brings pages up to date."""
+    text = page.read_text(encoding="utf-8")
+
+    assert with_tables(text) == text
+
+
+def test_every_table_is_shown() -> None:
+    """A table that no page has a place for is not computed."""
+    shown = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+
+    assert all(f"<!-- {name}: written" in shown for name in TABLES)
+
+
+def test_an_unknown_table_is_an_error() -> None:
+    """A misspelt marker does not leave an empty place."""
+    marker = "<!-- nothing: written by scripts/privacy_tables.py -->\n<!-- end of nothing -->"
+
+    with pytest.raises(KeyError):
+        with_tables(marker)
