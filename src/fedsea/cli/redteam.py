@@ -315,7 +315,9 @@ def _plan(victim: VictimOptions, attacker: AttackerOptions, model: Path, bottom:
     if victim.sweep:
         specs = (*sweep.published(), *sweep.sweep(public_rows(plan)))
         mechanisms += [mechanism_from_spec(spec, width=width) for spec in specs]
-    return replace(plan, mechanisms=tuple(each for each in mechanisms if each is not None))
+    # A sweep may come to a setting that was given, or published.
+    distinct = dict.fromkeys(each for each in mechanisms if each is not None)
+    return replace(plan, mechanisms=tuple(distinct))
 
 
 def _show_readings(victim: VictimOptions, attacker: AttackerOptions, recording: Path) -> None:

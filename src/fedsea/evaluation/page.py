@@ -199,7 +199,7 @@ def _explanation() -> str:
 correctly. The interval is the range in which the true share lies with 95 % confidence
 (Clopper-Pearson).</dd>
 <dt>A guess</dt><dd>What the attacker names from knowledge of the language alone, without seeing
-anything. A protection cannot bring recovery below it, and recovery means something only in
+anything but the true text before each token, which favours it. No protection takes this from an attacker, and recovery means something only in
 comparison with it.</dd>
 <dt>Clean</dt><dd>What the same attack recovers when nothing protects the text. If this is low, the
 attack is weak, and its failure against a protection says little.</dd>
