@@ -59,7 +59,10 @@ def open_file(path: Path, *, create: bool) -> sqlite3.Connection:
     """A connection to a ledger that is whole; see `Ledger.open` for the errors."""
     if not path.exists():
         if not create:
-            raise LedgerError(f"there is no ledger at {path}: fix the path")
+            raise LedgerError(
+                f"there is no ledger at {path}: nothing was released under it yet, or it is "
+                "elsewhere; fix the path"
+            )
         _create(path)
     _check_mode(path)
     connection = _connect(path)
