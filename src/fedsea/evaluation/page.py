@@ -199,8 +199,9 @@ def _explanation() -> str:
 correctly. The interval is the range in which the true share lies with 95 % confidence
 (Clopper-Pearson).</dd>
 <dt>A guess</dt><dd>What the attacker names from knowledge of the language alone, without seeing
-anything but the true text before each token, which favours it. No protection takes this from an attacker, and recovery means something only in
-comparison with it.</dd>
+anything but the true text before each token, which favours it. No protection takes this
+from an attacker, and recovery means something only
+in comparison with it.</dd>
 <dt>Clean</dt><dd>What the same attack recovers when nothing protects the text. If this is low, the
 attack is weak, and its failure against a protection says little.</dd>
 <dt>Perplexity, accuracy, agreement</dt><dd>What the protection leaves of the model. Perplexity: how
@@ -526,7 +527,8 @@ _STYLE = """
   --card: #fff; --rule: #999; --bad: #8f1a12; --poor: #6b4600; --good: #116329;
   --series-0: #0550ae; --series-1: #953800; --series-2: #116329; --series-3: #6639ba;
   --series-4: #99286e; --series-5: #0b5960; --series-6: #5c4a00; --series-7: #424a53; }
-  .plots { grid-template-columns: 1fr 1fr; } section, article, figure, tr { break-inside: avoid-page; } section { break-inside: auto; } }
+  .plots { grid-template-columns: 1fr 1fr; }
+  section, article, figure, tr { break-inside: avoid-page; } section { break-inside: auto; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 70rem; color: var(--ink);
   background: var(--ground); font: 1rem/1.55 system-ui, sans-serif; }
