@@ -146,7 +146,7 @@ class Protector:
             fresh = min(end, len(tokens)) - max(first, end - chunk)
             releases += self._policy.mechanism.releases(fresh) if fresh > 0 else 0
         if releases:
-            self._meter.reserve_ahead(releases)
+            self._meter.reserve_ahead(releases, sequence)
 
     def length(self, sequence: int) -> int:
         """Rows that were handed out for a sequence."""

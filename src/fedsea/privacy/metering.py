@@ -63,6 +63,7 @@ class SessionMeter:
         self._families: dict[int, _Family] = {}
         self._used = 0
         self._reserved: Reservation | None = None
+        self._ahead: dict[int, int] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -76,10 +77,11 @@ class SessionMeter:
         """Releases that were charged for rows of this session."""
         return self._used
 
-    def reserve_ahead(self, releases: int) -> None:
-        """Make sure that so many releases are charged and not yet used: a whole prompt, or nothing.
+    def reserve_ahead(self, releases: int, sequence: int = 0) -> None:
+        """Charge so many releases for a sequence before it uses any: a whole prompt, or nothing.
 
-        For unit token this does nothing: a prompt costs one release there, however long it is.
+        Other sequences do not use what is set aside for it. For unit token this does nothing: a
+        prompt costs one release there, however long it is.
 
         Raises:
             BudgetExceeded: they do not fit; nothing was charged.
@@ -87,7 +89,8 @@ class SessionMeter:
         """
         with self._lock:
             if self.account.unit is not Unit.TOKEN:
-                self._ensure(releases, releases)
+                self._ensure(releases, releases, sequence)
+                self._ahead[sequence] = releases
 
     def reserve_positions(self, start: int, count: int, sequence: int = 0) -> None:
         """Charge the rows of one `protect` before they are sent; durable when this returns.
@@ -108,8 +111,11 @@ class SessionMeter:
                 self._charge_positions(start, count, sequence)
             else:
                 releases = self.account.mechanism.releases(count)
-                self._ensure(releases, max(releases, self._block) if count == 1 else releases)
+                most = max(releases, self._block) if count == 1 else releases
+                self._ensure(releases, most, sequence)
                 self._use(releases)
+                if sequence in self._ahead:
+                    self._ahead[sequence] = max(0, self._ahead[sequence] - releases)
 
     def fork(self, source: int, target: int) -> None:
         """Sequence `target` was forked from `source`: their positions are counted together."""
@@ -120,6 +126,7 @@ class SessionMeter:
         """Forget a sequence; its number may begin anew, and what it cost stays charged."""
         with self._lock:
             self._families.pop(sequence, None)
+            self._ahead.pop(sequence, None)
 
     def close(self) -> None:
         """Give back what was reserved and never sent; safe to repeat.
@@ -136,15 +143,18 @@ class SessionMeter:
         """Pay when the most released position of the family rises; it rises by one at most."""
         family = self._families.setdefault(sequence, _Family())
         if family.depth_of(start, count) == family.depth:
-            self._ensure(1, 1)
+            self._ensure(1, 1, sequence)
             self._use(1)
         family.add(start, count)
 
-    def _ensure(self, least: int, most: int) -> None:
-        """Have at least `least` unused releases in hand; take up to `most` when they are short."""
+    def _ensure(self, least: int, most: int, sequence: int) -> None:
+        """Have at least `least` unused releases for a sequence; take up to `most` when short."""
         if self._reserved is None:
             self._reserved = self.account.reserve(most, least=least)
-        elif (have := self._reserved.left) < least:
+            return
+        promised = sum(self._ahead.values()) - self._ahead.get(sequence, 0)
+        have = self._reserved.left - promised
+        if have < least:
             self._reserved.extend(most - have, least=least - have)
 
     def _use(self, releases: int) -> None:

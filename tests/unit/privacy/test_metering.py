@@ -144,6 +144,24 @@ def test_a_prompt_is_reserved_whole_or_not_at_all(ledger):
     assert charged(account) == 100
 
 
+def test_prompts_that_are_sent_together_are_each_reserved_whole(ledger):
+    """What is set aside for one prompt serves no other and no decoding of others meanwhile."""
+    account = ledger.account("acme", Unit.PROMPT, ONE, budget=Budget(mu=10.0))
+    with SessionMeter(account) as meter:
+        meter.reserve_ahead(60, sequence=0)
+        with pytest.raises(BudgetExceeded):
+            meter.reserve_ahead(60, sequence=1)
+        meter.reserve_ahead(39, sequence=1)
+        meter.reserve_positions(0, 1, sequence=2)
+        with pytest.raises(BudgetExceeded):
+            meter.reserve_positions(1, 1, sequence=2)
+        for start in range(0, 60, 20):
+            meter.reserve_positions(start, 20, sequence=0)
+        meter.drop(1)
+        meter.reserve_positions(1, 1, sequence=2)
+    assert charged(account) == 62
+
+
 def test_decoding_uses_a_budget_to_its_end(ledger):
     """The last block is as long as what is left."""
     account = ledger.account("acme", Unit.PROMPT, ONE, budget=Budget(mu=10.0))
