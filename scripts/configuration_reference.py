@@ -21,6 +21,8 @@ from fedsea.server.config import (
     LOG_FORMATS,
     LOG_LEVELS,
     QUANTIZATIONS,
+    AdapterSection,
+    AdaptersSection,
     LimitsSection,
     QuotaSection,
     QuotasSection,
@@ -77,8 +79,10 @@ def page() -> str:
 
 
 def _section(name: str, section: type[Any]) -> str:
-    owner = QuotaSection if section is QuotasSection else section
+    owner = {QuotasSection: QuotaSection, AdaptersSection: AdapterSection}.get(section, section)
     lines = [f"## {name}", "", _summary(owner), ""]
+    if section is AdaptersSection:
+        lines += ["Each adapter has a section `[adapters.NAME]` of its own.", ""]
     lines += ["| key | value | default | |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(cells)} |" for cells in _rows(name, owner)] + [""]
     return "\n".join([*lines, QUOTAS] if section is QuotasSection else lines)

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from fedsea.cli import (
+    adapter,
     bench,
     certs,
     chat,
@@ -91,6 +92,7 @@ app.command("chat")(chat.chat)
 app.add_typer(certs.app, name="certs")
 app.command("inspect")(inspection.inspect)
 app.command("split")(split.split)
+app.add_typer(adapter.app, name="adapter")
 app.command("bench")(bench.bench)
 app.command("redteam")(redteam.redteam)
 app.add_typer(privacy.app, name="privacy")

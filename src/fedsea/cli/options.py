@@ -245,6 +245,21 @@ class ClientModelOptions:
         ),
     ] = 0
 
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a LoRA adapter; its parts for the blocks here are used.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+    trunk_adapter: Annotated[
+        str,
+        typer.Option(
+            help="The server's name for the adapter's other part.",
+            show_default="none",
+            rich_help_panel=_MODEL,
+        ),
+    ] = ""
     compile: Annotated[
         bool,
         typer.Option(
@@ -289,6 +304,8 @@ class ClientModelOptions:
             codec=self.codec.value,
             quantization=self.quantization.value,
             compile=self.compile,
+            adapter=self.adapter,
+            trunk_adapter=self.trunk_adapter,
             on_notice=on_notice,
             placeholders=placeholders,
             privacy=privacy,

@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
-import fedsea
 from fedsea.cli import screen
 from fedsea.cli.options import flattened
 from fedsea.errors import ConfigError
@@ -406,7 +406,7 @@ def _about(victim: VictimOptions, report: ReportOptions, plan: Plan, seconds: fl
     return About(
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         command=shlex.join(["fedsea", *sys.argv[1:]]),
-        version=fedsea.__version__,
+        version=version("fedsea"),
         text=victim.secret.name,
         method=(
             f"{len(texts.secret)} texts of {victim.tokens} tokens were attacked; the first "

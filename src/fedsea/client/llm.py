@@ -36,6 +36,7 @@ from fedsea.errors import (
     RequestError,
     TransportError,
 )
+from fedsea.model.adapters import read_adapter
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.inspection import check_memory, client_weights
 from fedsea.model.partition import Partition
@@ -105,6 +106,8 @@ class LLM:
         release_memory: int = DEFAULT_MEMORY,
         patience: Patience | None = None,
         on_notice: Tell | None = None,
+        adapter: str | Path | None = None,
+        trunk_adapter: str = "",
         placeholders: Placeholders | None = None,
         privacy: Protection | None = None,
         verifier: Verifier | None = None,
@@ -127,6 +130,9 @@ class LLM:
             release_memory: bytes of releases kept in memory; more go to a temporary file.
             patience: how long to wait for places, answers and absent servers.
             on_notice: called with one line when the connection breaks or comes back.
+            adapter: folder of a LoRA adapter in PEFT's format; its parts for bottom and top are
+                used here.
+            trunk_adapter: the server's name for the adapter's other part.
             placeholders: which sensitive spans of prompts are replaced before they are tokenized,
                 and put back into answers.
             privacy: the mechanism that rows go through before they leave, and the ledger that
@@ -155,7 +161,13 @@ class LLM:
             "bottom and top",
             placement.device,
         )
-        parts = LocalParts.load(checkpoint, chosen, placement, kv_rows, compile)
+        folder = None if adapter is None else Path(adapter)
+        parts = LocalParts.load(checkpoint, chosen, placement, kv_rows, compile, folder)
+        if folder is not None and not trunk_adapter and read_adapter(folder, trunk).factors:
+            tell(
+                f"{folder} changes blocks {trunk} too, which the server computes without it: "
+                "give trunk_adapter, the name that the server has for it"
+            )
         policy, up = None, RowFormat(row_codec, checkpoint.hidden_size)
         if privacy is not None:
             policy = privacy.applied(_cut(checkpoint, chosen), row_codec, tokenizer)
@@ -188,6 +200,7 @@ class LLM:
             up=up,
             down=RowFormat(row_codec, checkpoint.hidden_size),
             policy=policy,
+            adapter=trunk_adapter,
         )
         connected = cls(checkpoint, split, tokenizer, background, placeholders, attestation)
         if logger.isEnabledFor(logging.INFO):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
@@ -16,12 +17,14 @@ from torch import Tensor
 from fedsea.client.lockstep import Lockstep
 from fedsea.client.sampling import Sampler, sample_batch
 from fedsea.errors import Capacity, FedseaError
+from fedsea.model.adapters import read_adapter
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.compilation import compile_decode
 from fedsea.model.kv_pool import KVPool
+from fedsea.model.lora import Adapter
 from fedsea.model.partition import Partition
 from fedsea.model.runner import NewRows, SpanRunner
-from fedsea.model.spans import Placement, Top, load_bottom, load_top
+from fedsea.model.spans import BlockSpan, Placement, Top, load_bottom, load_top
 
 # Rows that one turn of the loop computes at most, so that a long prompt does not hold up others.
 MAX_TURN_ROWS = 512
@@ -134,12 +137,20 @@ class LocalParts:
         bottom: runner of the first blocks.
         top_runner: runner of the last blocks.
         top: the last blocks with norm and head.
+        adapters: what changes the blocks of bottom and top; None for nothing.
     """
 
-    def __init__(self, bottom: SpanRunner, top_runner: SpanRunner, top: Top) -> None:
+    def __init__(
+        self,
+        bottom: SpanRunner,
+        top_runner: SpanRunner,
+        top: Top,
+        adapters: tuple[Adapter | None, Adapter | None] = (None, None),
+    ) -> None:
         self.bottom = bottom
         self.top_runner = top_runner
         self.top = top
+        self._adapters = adapters
         self.lockstep = Lockstep()
         self._bottom_turns = Turns(self._run_bottom)
         self._top_turns = Turns(self._run_top)
@@ -152,6 +163,7 @@ class LocalParts:
         placement: Placement,
         kv_rows: int,
         compile_steps: bool = False,
+        adapter: Path | None = None,
     ) -> LocalParts:
         """Load both parts; the trunk's tensors are never read.
 
@@ -161,11 +173,15 @@ class LocalParts:
             placement: device, dtype and weight format.
             kv_rows: rows of context that all requests share.
             compile_steps: compile decoding; takes a C++ compiler and up to a minute.
+            adapter: folder of a LoRA adapter, of which the parts of these blocks are read.
         """
         top = load_top(checkpoint, partition.top_span(checkpoint.num_blocks), placement)
         bottom = load_bottom(checkpoint, partition.bottom_span(), placement)
         parts = cls(
-            SpanRunner(bottom, kv_rows, placement), SpanRunner(top.span, kv_rows, placement), top
+            SpanRunner(bottom, kv_rows, placement),
+            SpanRunner(top.span, kv_rows, placement),
+            top,
+            (_accepted(bottom, adapter, placement), _accepted(top.span, adapter, placement)),
         )
         if compile_steps:
             compile_decode(bottom)
@@ -213,14 +229,17 @@ class LocalParts:
         return self.bottom.pool.num_sequences == 1
 
     def _run_bottom(self, jobs: Sequence[BottomJob]) -> list[Tensor]:
-        batch = self.bottom.advance([NewRows(j.account, j.sequence, j.count) for j in jobs])
+        adapter = self._adapters[0]
+        new = [NewRows(j.account, j.sequence, j.count, adapter) for j in jobs]
+        batch = self.bottom.advance(new)
         rows = self.bottom.run(torch.cat([job.ids for job in jobs]), batch)
         return list(rows.split([job.count for job in jobs]))
 
     @torch.inference_mode()
     def _run_top(self, jobs: Sequence[TopJob]) -> list[TopResult]:
         runner = self.top_runner
-        batch = runner.advance([NewRows(j.account, j.sequence, j.count) for j in jobs])
+        adapter = self._adapters[1]
+        batch = runner.advance([NewRows(j.account, j.sequence, j.count, adapter) for j in jobs])
         entering = torch.cat([job.rows for job in jobs])
         leaving = runner.run(entering.to(runner.placement.device, runner.placement.dtype), batch)
         kept, offset = [], 0
@@ -229,6 +248,15 @@ class LocalParts:
             kept.append(leaving[offset - job.keep : offset])
         logits = self.top.logits(torch.cat(kept)) if any(job.keep for job in jobs) else leaving[:0]
         return _sampled(jobs, logits)
+
+
+def _accepted(span: BlockSpan, folder: Path | None, placement: Placement) -> Adapter | None:
+    """The part of an adapter that changes these blocks, if any."""
+    if folder is None or not len(span.span):
+        return None
+    adapter = read_adapter(folder, span.span).to(placement.device).requires_grad_(False)
+    span.accept(adapter)
+    return adapter if adapter.factors else None
 
 
 def _sampled(jobs: Sequence[TopJob], logits: Tensor) -> list[TopResult]:

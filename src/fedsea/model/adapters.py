@@ -95,6 +95,15 @@ def write_adapter(folder: Path, parts: Sequence[Adapter], base_model: str) -> No
     artifacts.replace_file(folder / CONFIG, described.encode() + b"\n")
 
 
+def base_model(folder: Path) -> str:
+    """The name of the model that an adapter says it is for.
+
+    Raises:
+        CheckpointError: its configuration is missing or unreadable.
+    """
+    return str(_described(folder / CONFIG).get("base_model_name_or_path") or "")
+
+
 def _described(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

@@ -238,6 +238,29 @@ class AttestationSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSection:
+    """A LoRA adapter that sessions name in place of NAME.
+
+    Attributes:
+        folder: where it is, in PEFT's format.
+        tenants: who may name it; for all others it does not exist.
+    """
+
+    folder: Path
+    tenants: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        _need(bool(self.tenants), "an adapter without tenants is used by nobody; name some")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptersSection:
+    """All adapters by name."""
+
+    named: Mapping[str, AdapterSection] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LimitsSection:
     """Caps on what one message and one session may hold; see `fedsea.wire.limits`."""
 
@@ -281,6 +304,7 @@ class ServerConfig:
     quotas: QuotasSection = field(default_factory=QuotasSection)
     security: SecuritySection = field(default_factory=SecuritySection)
     attestation: AttestationSection = field(default_factory=AttestationSection)
+    adapters: AdaptersSection = field(default_factory=AdaptersSection)
     limits: LimitsSection = field(default_factory=LimitsSection)
     metrics: MetricsSection = field(default_factory=MetricsSection)
     log: LogSection = field(default_factory=LogSection)
@@ -324,6 +348,9 @@ class ServerConfig:
         _check_keys({**table, **(overrides or {})}, sections, "the configuration")
         built: dict[str, Any] = {}
         for name, section in sections.items():
+            if section is AdaptersSection:
+                built[name] = _adapters(_table_at(table, name), base)
+                continue
             own = _with_base(_table_at(table, name), section, base)
             keys = {**own, **(overrides or {}).get(name, {})}
             built[name] = (
@@ -351,6 +378,19 @@ def _quotas(table: _Table) -> QuotasSection:
             )
             for name in tenants
         },
+    )
+
+
+def _adapters(table: _Table, base: Path | None) -> AdaptersSection:
+    return AdaptersSection(
+        named={
+            name: _section(
+                AdapterSection,
+                f"adapters.{name}",
+                _with_base(_table_at(table, name, f"adapters.{name}"), AdapterSection, base),
+            )
+            for name in table
+        }
     )
 
 

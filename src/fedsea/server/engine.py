@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fedsea.errors import ConfigError, FedseaError, LocalProtocolError, RemoteProtocolError
+from fedsea.model.lora import Adapter
 from fedsea.model.partition import Span
 from fedsea.model.projection import Projection
 from fedsea.model.runner import NewRows, SpanRunner
@@ -59,7 +60,8 @@ class Receiver(Protocol):
 class Work:
     """A session as the engine knows it; `account` is that of the KV pool, None while not open.
 
-    Rows come in the format `up`; `projection` widens them when it is not None.
+    Rows come in the format `up`; `projection` widens them when it is not None, and the blocks add
+    what `adapter` says.
     """
 
     tenant: str
@@ -68,6 +70,7 @@ class Work:
     down_codec: Codec
     receiver: Receiver
     projection: Projection | None = None
+    adapter: Adapter | None = None
     number: int = -1
     account: int | None = None
     queue: deque[tuple[WorkEvent, float]] = field(default_factory=deque)
@@ -99,7 +102,8 @@ class _Share:
     def new_rows(self) -> list[NewRows]:
         account = self.work.account
         assert account is not None
-        return [NewRows(account, piece.sequence, piece.count) for piece in self.pieces]
+        adapter = self.work.adapter
+        return [NewRows(account, piece.sequence, piece.count, adapter) for piece in self.pieces]
 
 
 class Engine:

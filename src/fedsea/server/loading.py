@@ -17,6 +17,7 @@ from fedsea.model.projection import Projection
 from fedsea.model.quantization import library_config
 from fedsea.model.runner import SpanRunner
 from fedsea.model.spans import BlockSpan, Placement, load_trunk
+from fedsea.server.adapters import AdapterTable
 from fedsea.server.config import MIN_ROWS, KVSection, ModelSection, ServerConfig, parse_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -26,7 +27,7 @@ MAX_SEQUENCES_BY_DEFAULT = 64
 
 @dataclass(frozen=True, slots=True)
 class Trunk:
-    """A loaded span with its KV pool, what it was loaded from, and projections by fingerprint."""
+    """A loaded span with its KV pool, what it was loaded from, projections by fingerprint, adapters."""
 
     checkpoint: Checkpoint
     fingerprint: str
@@ -34,6 +35,7 @@ class Trunk:
     runner: SpanRunner
     max_context: int
     projections: Mapping[str, Projection] = field(default_factory=dict)
+    adapters: AdapterTable = field(default_factory=AdapterTable)
 
 
 def load(config: ServerConfig) -> Trunk:
@@ -53,6 +55,7 @@ def load(config: ServerConfig) -> Trunk:
     context = config.kv.max_context or _trained_context(checkpoint)
     rows = _pool_rows(config.kv, blocks, placement, context)
     runner = SpanRunner(blocks, rows, placement, config.kv.page_rows)
+    adapters = AdapterTable.load(config.adapters.named, blocks, placement)
     if config.model.compile:
         compile_decode(blocks)
     return Trunk(
@@ -62,6 +65,7 @@ def load(config: ServerConfig) -> Trunk:
         runner=runner,
         max_context=min(context, rows),
         projections=projections,
+        adapters=adapters,
     )
 
 

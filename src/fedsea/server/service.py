@@ -137,6 +137,7 @@ class TrunkService:
             return
         span = self._check(request)
         projection = self._projection(request)
+        adapter = self.trunk.adapters.of(peer.tenant, request.adapter)
         session = Session(
             stream,
             connection,
@@ -145,7 +146,7 @@ class TrunkService:
             idle_timeout=self._config.idle_timeout_s,
         )
         up = request.up_format(self._hidden_size)
-        work = Work(peer.tenant, span, up, request.down_codec, session, projection)
+        work = Work(peer.tenant, span, up, request.down_codec, session, projection, adapter)
         with self._admissions.admitted(peer.tenant, request.reserve_rows):
             try:
                 await self.engine.open(work, request.reserve_rows)
@@ -200,8 +201,6 @@ class TrunkService:
                 f"blocks {span} were asked for and this server serves {self.trunk.span}; "
                 "choose bottom and top so that the trunk lies inside"
             )
-        if request.adapter:
-            raise ConfigError("this server has no adapters; open the session without one")
         return span
 
     def _projection(self, request: Open) -> Projection | None:

@@ -18,6 +18,7 @@ from fedsea.errors import (
     FingerprintMismatch,
     ModelError,
     PartitionError,
+    PermissionDenied,
     PromptTooLong,
     QuotaExceeded,
     RemoteProtocolError,
@@ -66,7 +67,7 @@ def test_describe(serving, fingerprint):
         ({"fingerprint": "f" * 64}, FingerprintMismatch, "tiny-llama.*ffffffffffff.*same files"),
         ({"span": (0, 4)}, PartitionError, "0:4.*serves 1:4"),
         ({"span": (3, 9)}, PartitionError, "3:9"),
-        ({"adapter": "clinic"}, ConfigError, "no adapters"),
+        ({"adapter": "clinic"}, PermissionDenied, "no adapter of that name"),
         ({"rows": 10_000}, Capacity, "2048 rows"),
     ],
 )
