@@ -11,15 +11,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+from fedsea.evaluation.verdict import PUBLISHED_SCALES, Setting, published_scale, settings
 from fedsea.privacy.accounts import DEFAULT_DELTA
 from fedsea.privacy.gaussian import Gaussian
 from fedsea.privacy.gaussian_loss import GaussianLoss, gaussian_mu
 from fedsea.privacy.losses import PrivacyLoss
 from fedsea.privacy.quantization import StochasticQuantization
+from fedsea.redteam.report import Row, parse, percent, perplexity_text
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 RESULTS: Final = ROOT / "benchmarks" / "results"
@@ -31,6 +33,7 @@ _MARKED = re.compile(
 )
 _WIDE, _NARROW = 4096, 128
 _CERTAIN = 0.9995
+_ATTACKS = ("nn", "r1", "r2")
 
 
 def with_tables(text: str) -> str:
@@ -105,8 +108,7 @@ def counts() -> str:
 
 def placeholders() -> str:
     """Recall of the built-in detectors on the held-out half of the data set."""
-    (path,) = RESULTS.glob("*-placeholders.json")
-    halves = json.loads(path.read_text(encoding="utf-8"))["halves"]
+    halves = json.loads(_newest("*-placeholders.json").read_text(encoding="utf-8"))["halves"]
     (half,) = (each for each in halves if each["name"].startswith("held-out"))
     rows = [
         (each["type"], str(each["spans"]), f"{each['covered'] / each['spans']:.1%}")
@@ -116,12 +118,88 @@ def placeholders() -> str:
     return _table(("type", "spans", "replaced in full"), *rows)
 
 
+def clean_channel() -> str:
+    """What the attacks read where nothing protects, and at the largest noise of the FedSEA paper."""
+    rows = []
+    for (model, bottom, _), found in _by_cut().items():
+        for setting in settings(found):
+            one = setting.strongest
+            if one.is_clean or published_scale(one) == max(PUBLISHED_SCALES):
+                utility = f"{one.utility.accuracy * 100:.1f} %"
+                cells = (model, str(bottom), f"`{one.parameters}`", utility, percent(one.prior))
+                rows.append((*cells, *_recoveries(setting)))
+    head = ("model", "bottom", "what protects", "next-token accuracy", "a guess")
+    return _table((*head, *(name for name in _ATTACKS)), *rows)
+
+
+def sweep() -> str:
+    """All mechanisms at rising noise, behind one block of each model."""
+    rows = []
+    for (model, bottom, _), found in _by_cut().items():
+        if bottom != 1:
+            continue
+        for setting in settings(found):
+            one = setting.strongest
+            rows.append(
+                (
+                    model,
+                    one.mechanism,
+                    f"{one.noise:.2f}",
+                    perplexity_text(one.utility.perplexity),
+                    percent(one.utility.agreement),
+                    percent(one.prior),
+                    *_recoveries(setting),
+                )
+            )
+    head = ("model", "mechanism", "noise / rows", "perplexity", "agreement", "a guess")
+    return _table((*head, *(name for name in _ATTACKS)), *rows)
+
+
+def projection() -> str:
+    """What is left of a model behind trained projections, without noise and with counts."""
+    path = _newest("*-projection.md")
+    free = [row for row in _rows_of(path, "trained for") if row["trained for"] in ("none", "nll")]
+    noised = [
+        row for row in _rows_of(path, "projection") if row["projection"].startswith("nll with ")
+    ]
+    shown = [
+        *((row, "none") for row in free),
+        *((row, f"4 bits, mu {row['mu']}") for row in noised),
+    ]
+    rows = [
+        (row["model"], row["width"], noise, row["perplexity"], row["agreement"])
+        for row, noise in sorted(shown, key=lambda each: each[0]["model"])
+    ]
+    return _table(("model", "numbers in a row", "noise", "perplexity", "agreement"), *rows)
+
+
+def denoiser() -> str:
+    """What denoisers restore, beside what they make of nothing."""
+    rows = [
+        (
+            row["model"],
+            row["noise"],
+            row["mu"],
+            row["denoiser"],
+            row["perplexity"],
+            row["agreement"],
+        )
+        for row in _rows_of(_newest("*-denoiser.md"), "denoiser")
+        if row["noise"] in ("silence", "gaussian") and row["denoiser"] in ("without", "trained")
+    ]
+    return _table(("model", "noise", "mu", "denoiser", "perplexity", "agreement"), *rows)
+
+
 TABLES: Final[dict[str, Callable[[], str]]] = {
     "recovery-bound": recovery_bound,
     "noise": noise,
     "composition": composition,
     "counts": counts,
     "placeholders": placeholders,
+    "clean-channel": clean_channel,
+    "sweep": sweep,
+    "projection": projection,
+    "denoiser": denoiser,
 }
 
 
@@ -129,8 +207,43 @@ def _epsilon(loss: PrivacyLoss) -> float:
     return loss.epsilon(DEFAULT_DELTA)
 
 
-def _table(head: Sequence[str], *rows: Iterable[str]) -> str:
-    lines = [head, ["---", *(["---:"] * (len(head) - 1))], *rows]
+def _newest(pattern: str) -> Path:
+    """The result file of the last day; their names begin with the date."""
+    return max(RESULTS.glob(pattern))
+
+
+def _by_cut() -> dict[tuple[str, int, int], list[Row]]:
+    """Rows of the red team by model, bottom and top, in that order."""
+    rows = parse(_newest("*-redteam.json").read_text(encoding="utf-8"))
+    cuts = sorted({row.channel for row in rows})
+    return {cut: [row for row in rows if row.channel == cut] for cut in cuts}
+
+
+def _recoveries(setting: Setting) -> list[str]:
+    found = {row.attack: row for row in setting.rows}
+    return [percent(found[name].recovery) if name in found else "" for name in _ATTACKS]
+
+
+def _rows_of(path: Path, column: str) -> list[dict[str, str]]:
+    """Rows of the first table of a page that has this column."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if column in _cells(line))
+    names, found = _cells(lines[start]), []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        found.append(dict(zip(names, _cells(line), strict=True)))
+    return found
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("| ").split("|")]
+
+
+def _table(head: Sequence[str], *rows: Sequence[str]) -> str:
+    """Markdown; columns that begin with a number are aligned to the right."""
+    rules = ["---:" if cell[:1].isdigit() else "---" for cell in rows[0]]
+    lines = [head, rules, *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 

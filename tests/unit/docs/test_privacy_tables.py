@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from scripts.privacy_tables import PAGES, TABLES, with_tables
+from scripts.privacy_tables import PAGES, RESULTS, TABLES, with_tables
+
+from fedsea.evaluation.verdict import Standing, settings
+from fedsea.redteam.report import parse
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -29,3 +32,10 @@ def test_an_unknown_table_is_an_error() -> None:
 
     with pytest.raises(KeyError):
         with_tables(marker)
+
+
+def test_what_is_said_about_the_sweep_is_true() -> None:
+    """THREAT_MODEL.md says that no setting kept both text and use; no committed row says otherwise."""
+    rows = parse(max(RESULTS.glob("*-redteam.json")).read_text(encoding="utf-8"))
+
+    assert Standing.HOLDS not in {setting.standing for setting in settings(rows)}
