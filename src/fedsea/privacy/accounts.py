@@ -189,5 +189,9 @@ class Frontier:
         return self._good
 
     def _fits(self, releases: int) -> bool:
+        """Whether the budget allows so many; so many that they cannot be composed do not fit."""
         mine = Charge("", self.loss, releases)
-        return self.budget.allows(Spending.of((*self.others, mine)))
+        try:
+            return self.budget.allows(Spending.of((*self.others, mine)))
+        except ConfigError:
+            return False

@@ -136,7 +136,7 @@ def dominating(step: float, deltas: Sequence[float]) -> LossDistribution:
     """
     values = np.minimum.accumulate(np.clip(np.asarray(deltas, dtype=np.float64), 0.0, 1.0))
     falls = -np.diff(values)
-    leaving = np.append(falls[1:] / math.expm1(step), 0.0)
+    leaving = np.append(falls[1:] * (math.exp(-step) / -math.expm1(-step)), 0.0)
     above = np.maximum(falls / -math.expm1(-step) - leaving, 0.0)
     below = above * np.exp(-step * np.arange(1, len(above) + 1, dtype=np.float64))
     infinite = float(values[-1])

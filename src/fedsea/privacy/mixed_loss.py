@@ -13,6 +13,7 @@ from fedsea.privacy.dominance import dominating_mu
 from fedsea.privacy.loss import Json, PrivacyLoss, check_times
 
 _TAIL = 1e-10
+_BEYOND = 1e12
 _POINTS_PER_REACH = 500
 
 
@@ -21,7 +22,7 @@ class MixedLoss(PrivacyLoss):
     """Independent losses of symmetric pairs. Made by `losses.compose`.
 
     Never too small: each curve is replaced by the least one on the grid that dominates it, and
-    1e-10 of each loss counts as infinite.
+    1e-10 of each loss, or twice what is infinite in it already, counts as infinite.
     """
 
     kind: ClassVar[str] = "mixed"
@@ -34,7 +35,9 @@ class MixedLoss(PrivacyLoss):
 
     @cached_property
     def _total(self) -> LossDistribution:
-        reaches = [part.epsilon(_TAIL) for part in self.parts]
+        reaches = [part.epsilon(_tail(part)) for part in self.parts]
+        if math.inf in reaches:
+            return LossDistribution(1.0, 0, (0.0,), 1.0)
         step = math.hypot(*reaches) / _POINTS_PER_REACH or 1.0
         total = LossDistribution(step, 0, (1.0,))
         for part, reach in zip(self.parts, reaches, strict=True):
@@ -55,3 +58,8 @@ class MixedLoss(PrivacyLoss):
 
     def to_json(self) -> Json:
         return {"kind": self.kind, "parts": [part.to_json() for part in self.parts]}
+
+
+def _tail(part: PrivacyLoss) -> float:
+    """A delta that the loss falls to: what is infinite in it grows with its releases."""
+    return min(0.5, max(_TAIL, 2 * part.delta(_BEYOND)))

@@ -10,6 +10,7 @@ from fedsea.errors import ConfigError
 from fedsea.privacy.accounts import Budget, Charge, Frontier, Spending, Statement
 from fedsea.privacy.losses import GaussianLoss
 from fedsea.privacy.mechanism import Unit
+from fedsea.privacy.metric_loss import metric_loss
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,13 @@ def test_epsilon_budgets_are_exact():
     most = Frontier(budget, (), loss).most()
 
     assert loss.composed(most).delta(8.0) <= 1e-5 < loss.composed(most + 1).delta(8.0)
+
+
+def test_what_cannot_be_composed_does_not_fit():
+    """More releases than the grid holds are refused like any others, not with an error."""
+    frontier = Frontier(Budget(epsilon=1e9), (), metric_loss(3.0, 1.0, 64))
+    assert frontier.allows(1000)
+    assert not frontier.allows(2**39)
 
 
 def test_what_is_left_counts_other_mechanisms():

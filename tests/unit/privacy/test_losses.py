@@ -22,6 +22,10 @@ from fedsea.privacy.losses import (
 from fedsea.privacy.metric_loss import metric_loss
 
 COIN = DiscreteLoss(LossDistribution(math.log(1.5), -1, (0.4, 0.0, 0.6)))
+HUGE = BinomialLoss(10**7, 0.9)
+"""Its epsilon is 17 million: more than a grid of a few hundred points has in exponents of floats."""
+NEVER = DiscreteLoss(LossDistribution(1.0, 0, (0.2,), 0.8))
+"""Most of it is infinite: delta never falls under 0.8."""
 KINDS = [
     GaussianLoss(1.5),
     GaussianLoss(1.5, 0.75),
@@ -93,6 +97,17 @@ def test_a_mixture_is_not_far_from_the_truth():
     found = compose(parts)
     assert isinstance(found, MixedLoss)
     assert found.epsilon(1e-5) == pytest.approx(GaussianLoss(math.sqrt(5)).epsilon(1e-5), rel=5e-3)
+
+
+@pytest.mark.parametrize("part", [COIN, COIN.composed(4 * 10**6), HUGE, NEVER])
+def test_a_mixture_holds_however_much_is_infinite(part):
+    """Rounding makes more infinite with every release; a mixture is still no less than a part."""
+    mixed = MixedLoss((GaussianLoss(2.0), part))
+    for delta in (0.5, 1e-5, 1e-9):
+        epsilon = part.epsilon(delta)
+        assert mixed.epsilon(delta) >= epsilon
+        if not math.isinf(epsilon):
+            assert mixed.delta(epsilon) >= part.delta(epsilon)
 
 
 def test_mixtures_compose_with_more():
