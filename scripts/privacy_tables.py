@@ -190,6 +190,15 @@ def denoiser() -> str:
     return _table(("model", "noise", "mu", "denoiser", "perplexity", "agreement"), *rows)
 
 
+def audit() -> str:
+    """What an audit through the wire codec says about mechanisms, and about broken ones."""
+    rows = [
+        (row["what runs"], row["mu claimed"], row["mu shown"], row["verdict"])
+        for row in _rows_of(_newest("*-privacy-audit-400k.md"), "what runs")
+    ]
+    return _table(("what runs", "mu claimed", "mu shown, at least", "verdict"), *rows)
+
+
 TABLES: Final[dict[str, Callable[[], str]]] = {
     "recovery-bound": recovery_bound,
     "noise": noise,
@@ -200,6 +209,7 @@ TABLES: Final[dict[str, Callable[[], str]]] = {
     "sweep": sweep,
     "projection": projection,
     "denoiser": denoiser,
+    "audit": audit,
 }
 
 

@@ -182,7 +182,9 @@ def table(rows: Sequence[Row], title: str) -> Table:
     """Rows of one cut as a table for a terminal: a line for each mechanism, its attacks below."""
     made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for index, name in enumerate(("mechanism, attack", *COLUMNS[1:])):
-        made.add_column(name, justify="right" if index else "left", overflow="fold")
+        made.add_column(
+            name, justify="right" if index else "left", overflow="fold", no_wrap=index > 0
+        )
     previous = None
     for row in rows:
         attack, *rates, perplexity, agreement = _cells(row)
