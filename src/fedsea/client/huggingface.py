@@ -228,6 +228,7 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> None:
         """The cache of one call of `generate`, with room for the longest answer it may give."""
+        self._check_choices(generation_config, generation_mode)
         given = model_kwargs.get("past_key_values")
         if given is None and generation_config.use_cache is False:
             return
@@ -247,6 +248,22 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         layer = layer_of(given, self._sessions)
         layer.plan(roomy(max_cache_length) if outlives else max_cache_length)
         model_kwargs["past_key_values"] = given
+
+    def _check_choices(self, config: GenerationConfig, mode: GenerationMode) -> None:
+        """Refuse what lets tokens depend on the prompt beside what was released, where it counts.
+
+        Raises:
+            ConfigError: the unit of protection is token, and it does.
+        """
+        policy = self._llm.privacy
+        if policy is None:
+            return
+        if mode == GenerationMode.ASSISTED_GENERATION:
+            policy.check_choice("assisted generation")
+        if config.repetition_penalty not in (None, 1):
+            policy.check_choice("repetition_penalty")
+        if config.no_repeat_ngram_size:
+            policy.check_choice("no_repeat_ngram_size")
 
     def _refuse(self, **asked: Any) -> None:
         if self._closed:

@@ -317,6 +317,20 @@ class LLM:
         )
         return self.encode(ids)
 
+    def sampling_params(
+        self, params: SamplingParams | None, options: Mapping[str, Any]
+    ) -> SamplingParams:
+        """The parameters given whole or as single options, if the mode allows them.
+
+        Raises:
+            ConfigError: both were given, an option is unknown or out of range, or the unit of
+                protection does not count what it does.
+        """
+        chosen = sampling_params(params, options)
+        if chosen.repetition_penalty != 1 and self.privacy is not None:
+            self.privacy.check_choice("repetition_penalty")
+        return chosen
+
     def submit(
         self,
         prompts: Sequence[str | Sequence[int]],
@@ -327,7 +341,7 @@ class LLM:
 
         `options` are fields of `SamplingParams`.
         """
-        chosen = sampling_params(params, options)
+        chosen = self.sampling_params(params, options)
         requests = [self._request(prompt, chosen) for prompt in prompts]
         if not requests:
             raise RequestError("there is no prompt; give at least one")
@@ -354,7 +368,7 @@ class LLM:
         Raises:
             RequestError: more than one sample was asked for.
         """
-        chosen = sampling_params(params, options)
+        chosen = self.sampling_params(params, options)
         if chosen.n != 1:
             raise RequestError(f"a stream has one sample and n is {chosen.n}; use submit")
         request = self._request(prompt, chosen)

@@ -267,6 +267,21 @@ class ReleasePolicy:
         """Fingerprint of the projection; "" for none."""
         return "" if self.projection is None else self.projection.fingerprint()
 
+    def check_choice(self, way: str) -> None:
+        """Refuse a way of choosing the tokens of an answer that looks at the tokens of the prompt.
+
+        With the unit token an answer may depend on the prompt through what was released alone: a
+        prompt's token that also decides which tokens are fed later changes more rows than its own.
+
+        Raises:
+            ConfigError: the unit is token.
+        """
+        if self.unit is Unit.TOKEN:
+            raise ConfigError(
+                f"{way} chooses tokens by those of the prompt, which the unit token does not "
+                "count; leave it out, or use unit prompt or record"
+            )
+
     def statement(self) -> Statement:
         """The account as it stands.
 

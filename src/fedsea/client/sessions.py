@@ -23,7 +23,7 @@ from fedsea.client.generation import (
     counts_of,
     restorer_of,
 )
-from fedsea.client.llm import LLM, Message, sampling_params, streamed, substituted
+from fedsea.client.llm import LLM, Message, streamed, substituted
 from fedsea.client.remote import Traffic
 from fedsea.client.sampling import FinishReason, Sampler, SamplingParams
 from fedsea.client.split import Progress, SplitSession
@@ -129,7 +129,7 @@ class Session:
         **options: Any,
     ) -> Stream[str, Completion]:
         """Add a prompt, which may be empty, and answer it piece by piece."""
-        chosen = sampling_params(params, options)
+        chosen = self._llm.sampling_params(params, options)
         if chosen.n != 1:
             raise RequestError(f"a session has one answer at a time and n is {chosen.n}; use fork")
         self._check_open()
@@ -338,7 +338,7 @@ class Chat:
 
         The turn becomes part of the conversation when the answer is complete.
         """
-        chosen = sampling_params(params, options)
+        chosen = self._llm.sampling_params(params, options)
         asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
         ids = self._llm.encode_chat(self._as_sent(asked))
 

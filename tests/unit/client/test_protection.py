@@ -504,6 +504,35 @@ def test_the_unit_token_pays_once_for_all_positions(connect):
     assert charged(split) == 3
 
 
+def test_the_unit_token_refuses_choices_by_the_prompt(connect, wire):
+    """A token that also decides which tokens are fed later would change more rows than its own."""
+    split = connect(partition=(0, 1), unit="token")
+    ids = torch.tensor([split.llm.encode(PROMPT)])
+    model = SplitForCausalLM.from_llm(split.llm)
+    with Session.open(split.llm) as session:
+        for ask in (
+            lambda: split.llm.generate(PROMPT, repetition_penalty=1.2),
+            lambda: split.llm.stream(PROMPT, repetition_penalty=1.2),
+            lambda: session.stream(PROMPT, repetition_penalty=1.2),
+            lambda: model.generate(ids, max_new_tokens=3, repetition_penalty=1.2),
+            lambda: model.generate(ids, max_new_tokens=3, no_repeat_ngram_size=3),
+            lambda: model.generate(ids, max_new_tokens=3, prompt_lookup_num_tokens=2),
+        ):
+            with pytest.raises(ConfigError, match="unit token does not count"):
+                ask()
+    assert not wire.of(Append)
+    assert charged(split) == 0
+
+
+def test_other_units_count_choices_by_the_prompt(connect):
+    """All rows of a prompt compose there, whichever token they depend on."""
+    split = connect()
+    completion = split.llm.generate(
+        PROMPT, repetition_penalty=1.2, max_new_tokens=3, ignore_eos=True
+    )
+    assert releases(completion) == 27
+
+
 def test_records_have_accounts_of_their_own(connect):
     """The unit record counts under the record's name."""
     split = connect(unit="record", record="visit 17", budget=Budget(mu=100))
