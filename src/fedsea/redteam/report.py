@@ -180,7 +180,14 @@ COLUMNS = ("attack", "recovered", "95 %", "prior", "clean", "perplexity", "agree
 
 def table(rows: Sequence[Row], title: str) -> Table:
     """Rows of one cut as a table for a terminal: a line for each mechanism, its attacks below."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    made = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     for index, name in enumerate(("mechanism, attack", *COLUMNS[1:])):
         made.add_column(
             name, justify="right" if index else "left", overflow="fold", no_wrap=index > 0
