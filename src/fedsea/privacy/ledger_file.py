@@ -52,6 +52,7 @@ CREATE TABLE reservations (
     releases INTEGER NOT NULL CHECK (releases > 0),
     FOREIGN KEY (account, mechanism) REFERENCES charges
 );
+CREATE INDEX reservations_of_charges ON reservations (account, mechanism);
 """
 
 

@@ -467,3 +467,14 @@ def test_the_default_place_can_be_named(monkeypatch, tmp_path):
     assert default_path() == tmp_path / "fedsea" / "privacy.ledger"
     monkeypatch.setenv("FEDSEA_LEDGER", str(tmp_path / "here"))
     assert default_path() == tmp_path / "here"
+
+
+def test_open_reservations_are_found_by_their_account(path):
+    """A report does not read all reservations of killed processes again for every account."""
+    Ledger.open(path).close()
+    with sqlite3.connect(path) as db:
+        plan = db.execute(
+            "EXPLAIN QUERY PLAN SELECT sum(releases) FROM reservations "
+            "WHERE account = 1 AND mechanism = 1"
+        ).fetchall()
+    assert "INDEX" in plan[0][3]
