@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import torch
 from tests.conftest import character_tokenizer
 
 from fedsea.client.generation import Completion, Request, Sample, TextWriter, Timing
+from fedsea.client.local import BottomJob, TopJob, TopResult
 from fedsea.client.sampling import FinishReason, SamplingParams
+from fedsea.client.split_cache import CachedRow, NewColumns
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,21 @@ def test_a_completion_speaks_for_its_first_sample():
     assert completion.token_ids == (5, 6, 7)
     assert completion.finish_reason is FinishReason.LENGTH
     assert completion.tokens_per_second == pytest.approx(3 / 2)
+
+
+def test_results_and_requests_show_no_text():
+    """What asyncio, pytest or a crash report print of them holds neither text nor token ids."""
+    sample = Sample("secret", (98765, 43210), FinishReason.EOS)
+    shown = [
+        repr(Completion((sample,), 4, Timing(1.0, 2.0))),
+        repr(Request((98765, 43210), SamplingParams())),
+        repr(BottomJob(0, 0, torch.tensor([98765, 43210]))),
+        repr(TopJob(0, 0, 1, torch.full((1, 2), 98765.0), 1)),
+        repr(TopResult(torch.full((1, 2), 98765.0), 43210)),
+        repr(NewColumns(0, (98765, 43210), 0)),
+        repr(CachedRow([98765, 43210])),
+    ]
+    assert not [text for text in shown if "secret" in text or "98765" in text or "43210" in text]
 
 
 def test_a_completion_of_one_token_has_a_finite_speed():

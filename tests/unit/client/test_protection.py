@@ -304,7 +304,7 @@ def test_a_session_that_ends_between_charge_and_send(connect, wire, monkeypatch)
 
         async def last_rows(self, job):
             rows = await run_bottom(self, job)
-            await trunk._drop_link(trunk._link)
+            await trunk._drop_link(trunk._link)  # type: ignore[arg-type]  # it is open
             trunk._link = None
             trunk._fail(Unreachable("nobody is there"))
             return rows
@@ -313,7 +313,9 @@ def test_a_session_that_ends_between_charge_and_send(connect, wire, monkeypatch)
         with pytest.raises(Unreachable):
             session.generate("abc", max_new_tokens=3)
         monkeypatch.undo()
-        assert session._split._protector.length(0) == session._split.length(0) == 25
+        protector = session._split._protector
+        assert protector is not None
+        assert protector.length(0) == session._split.length(0) == 25
         session.generate(max_new_tokens=3, ignore_eos=True)
         assert len(sent_rows(wire)) == session._split.charged == 25 + 4 + 2
 

@@ -109,6 +109,7 @@ def test_fedsea_has_the_papers_sigma():
 def test_fedsea_with_a_clip_norm_is_accounted():
     """At its own scale and typical norms: mu of about 128, epsilon of thousands."""
     loss = FedSEAGaussian(0.02, clip_norm=1.6).loss()
+    assert loss is not None
     assert loss.mu() == pytest.approx(127.7, rel=1e-3)
     assert loss.epsilon(1e-5) == pytest.approx(8.7e3, rel=0.01)
 
@@ -129,4 +130,4 @@ def test_parameters_out_of_range(value):
 def test_another_kind_of_clipping():
     """A word that is neither row nor frobenius."""
     with pytest.raises(ConfigError, match="row or frobenius"):
-        Gaussian(1.0, 1.0, by="column")
+        Gaussian(1.0, 1.0, by="column")  # type: ignore[arg-type]

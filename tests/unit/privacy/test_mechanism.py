@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsea.errors import ConfigError, UnsafeRows
+from fedsea.privacy.clipping import Clipping
 from fedsea.privacy.gaussian import FedSEAGaussian, Gaussian
 from fedsea.privacy.mechanism import Mechanism, Unit
 from fedsea.privacy.metric import MetricDP
@@ -30,7 +31,12 @@ BOUNDED = [
     MetricDP(eta=2.0, clip_norm=1.0, width=WIDTH),
     MetricDP(eta=20.0, clip_norm=1.0, width=WIDTH),
 ]
-EVERY = [*BOUNDED, FedSEAGaussian(0.02), MetricDP(eta=5.0), Gaussian(2.0, 1.0, by="frobenius")]
+EVERY = [
+    *BOUNDED,
+    FedSEAGaussian(0.02),
+    MetricDP(eta=5.0),
+    Gaussian(2.0, 1.0, by=Clipping.FROBENIUS),
+]
 ids = Mechanism.spec
 
 
@@ -163,8 +169,8 @@ def test_unbounded_mechanisms_say_so():
         assert mechanism.loss() is None
         assert math.isinf(mechanism.sensitivity)
         assert mechanism.describe().startswith("not differentially private")
-    for mechanism in BOUNDED:
-        assert "not differentially private" not in mechanism.describe()
+    for bounded in BOUNDED:
+        assert "not differentially private" not in bounded.describe()
 
 
 def test_mechanisms_are_equal_by_spec():

@@ -80,7 +80,8 @@ def _losses(width: int, reach: float, count: int) -> np.ndarray:
     normal = noise.normal(count, width)
     radius = noise.gamma(width, count)
     along = radius * normal[:, 0] / np.linalg.norm(normal, axis=1)
-    return np.sqrt(np.maximum(radius**2 - 2 * along * reach + reach**2, 0.0)) - radius
+    losses: np.ndarray = np.sqrt(np.maximum(radius**2 - 2 * along * reach + reach**2, 0.0)) - radius
+    return losses
 
 
 def _cells(width: int, reach: float) -> oracle.PrivacyLossDistribution:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fedsea.errors import ConfigError
+from fedsea.privacy.discrete_loss import DiscreteLoss
 from fedsea.privacy.gaussian_loss import GaussianLoss
 from fedsea.privacy.noise import NoiseSource
 from fedsea.privacy.quantization import StochasticQuantization, Ternary
@@ -92,12 +93,19 @@ def test_ternary_without_zeros_is_one_bit():
         assert signs.loss().delta(epsilon) == pytest.approx(bit.loss().delta(epsilon), abs=1e-11)
 
 
+def discrete(mechanism: Ternary) -> DiscreteLoss:
+    """The loss of a ternary mechanism that is sparse."""
+    loss = mechanism.loss()
+    assert isinstance(loss, DiscreteLoss)
+    return loss
+
+
 def test_the_exact_trade_off_of_ternary():
     """f of one coordinate in its three pieces, from the loss."""
     clip, mechanism = 0.5, Ternary(0.5, 1.0, 0.4, 1)
     a, b = mechanism.amplitude, mechanism.scale
     first, second = (a - clip) / (2 * b), 1 - (a + clip) / (2 * b)
-    law = mechanism.loss().law
+    law = discrete(mechanism).law
     epsilons = [*np.linspace(-3, 3, 601), law.step, -law.step]
 
     def trade_off(alpha: float) -> float:
@@ -116,7 +124,8 @@ def test_the_exact_trade_off_of_ternary():
 def test_ternary_three_ways(width):
     """Convolution here, convolution in a public accountant, and sampled signs."""
     mechanism = Ternary(0.5, 1.0, 0.4, width)
-    loss, law = mechanism.loss(), mechanism.loss().law
+    loss = discrete(mechanism)
+    law = loss.law
     upper = dict(zip("-0+", np.log(law.masses), strict=True))
     lower = dict(zip("+0-", np.log(law.masses), strict=True))
     table = oracle.from_two_probability_mass_functions(lower, upper).self_compose(width)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsea.errors import ConfigError
+from fedsea.privacy.clipping import Clipping
 from fedsea.privacy.gaussian import FedSEAGaussian, Gaussian
 from fedsea.privacy.metric import MetricDP
 from fedsea.privacy.quantization import StochasticQuantization, Ternary
@@ -19,7 +20,7 @@ from fedsea.privacy.registry import mechanism_from_spec, mechanism_names
     [
         ("plain", None),
         (" gaussian:clip_norm=1,mu=2 ", Gaussian(1.0, 2.0)),
-        ("gaussian:mu=2,by=frobenius,clip_norm=1", Gaussian(1.0, 2.0, by="frobenius")),
+        ("gaussian:mu=2,by=frobenius,clip_norm=1", Gaussian(1.0, 2.0, by=Clipping.FROBENIUS)),
         ("gaussian:clip_norm=1,epsilon=8,delta=1e-5", Gaussian.calibrated(8.0, 1e-5, 1.0)),
         ("fedsea:scale=0.02", FedSEAGaussian(0.02)),
         ("fedsea:scale=0.02,clip_norm=1", FedSEAGaussian(0.02, 1.0)),
@@ -101,6 +102,7 @@ def test_any_text(text):
 def test_parameters_survive_the_spec_exactly(clip_norm, mu):
     """Seventeen digits: the ledger's text is the mechanism itself."""
     again = mechanism_from_spec(Gaussian(clip_norm, mu).spec())
+    assert isinstance(again, Gaussian)
     assert (again.clip_norm, again.mu) == (clip_norm, mu)
 
 
