@@ -27,10 +27,10 @@ OnText = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One answer to a prompt."""
+    """One answer to a prompt. Neither text nor tokens are in its `repr`, which ends up in logs."""
 
-    text: str
-    token_ids: tuple[int, ...]
+    text: str = field(repr=False)
+    token_ids: tuple[int, ...] = field(repr=False)
     finish_reason: FinishReason
 
 
@@ -151,7 +151,7 @@ class TextWriter:
 class Request:
     """One prompt and how to continue it."""
 
-    ids: tuple[int, ...]
+    ids: tuple[int, ...] = field(repr=False)
     params: SamplingParams
     on_text: OnText | None = None
     progress: Progress | None = None

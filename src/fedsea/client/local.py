@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -39,7 +39,7 @@ class BottomJob:
 
     account: int
     sequence: int
-    ids: Tensor
+    ids: Tensor = field(repr=False)
 
     @property
     def count(self) -> int:
@@ -58,7 +58,7 @@ class TopJob:
     account: int
     sequence: int
     count: int
-    rows: Tensor
+    rows: Tensor = field(repr=False)
     keep: int
     sampler: Sampler | None = None
 
@@ -67,8 +67,8 @@ class TopJob:
 class TopResult:
     """Logits (keep, vocabulary), and the sampled token when there was a sampler."""
 
-    logits: Tensor
-    token: int | None = None
+    logits: Tensor = field(repr=False)
+    token: int | None = field(default=None, repr=False)
 
 
 class Turns(Generic[Job, Result]):

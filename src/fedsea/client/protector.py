@@ -39,7 +39,7 @@ _Memo = dict[bytes, tuple[Release, int]]
 """Where the row of each chain of tokens is: in which bytes, and which row of them."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class _Known:
     """Rows that only this side knows, until the denoiser has used them: clean ones, and noise."""
 
@@ -52,7 +52,7 @@ class _Known:
         return self.start + len(self.clean)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class _Path:
     """One sequence: the hash of every chain of its tokens, and how far it is public."""
 

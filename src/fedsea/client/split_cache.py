@@ -38,7 +38,7 @@ class NewColumns:
     """What one row of a batch gets in a forward pass: padding, tokens, padding."""
 
     left: int
-    ids: tuple[int, ...]
+    ids: tuple[int, ...] = field(repr=False)
     right: int
 
 
@@ -50,7 +50,7 @@ class CachedRow:
     session; several rows may name one chain until they differ.
     """
 
-    ids: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list, repr=False)
     left: int = 0
     right: int = 0
     chain: int | None = None
@@ -396,7 +396,7 @@ class _Chain:
 
     source: int | None
     released: int
-    tail: tuple[int, ...]
+    tail: tuple[int, ...] = field(repr=False)
     members: list[int]
     keep: int = 0
     sequence: int = -1
