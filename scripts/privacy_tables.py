@@ -21,7 +21,7 @@ from fedsea.privacy.gaussian import Gaussian
 from fedsea.privacy.gaussian_loss import GaussianLoss, gaussian_mu
 from fedsea.privacy.losses import PrivacyLoss
 from fedsea.privacy.quantization import StochasticQuantization
-from fedsea.redteam.report import Row, parse, percent, perplexity_text
+from fedsea.redteam.report import TITLES, Row, parse, percent, perplexity_text
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 RESULTS: Final = ROOT / "benchmarks" / "results"
@@ -155,6 +155,18 @@ def sweep() -> str:
     return _table((*head, *(name for name in _ATTACKS)), *rows)
 
 
+def learned() -> str:
+    """Attackers that learn, read answers, or break secret rotations."""
+    rows = [
+        (row.attack, TITLES[row.attack], row.knowledge, f"`{row.parameters}`",
+         percent(row.recovery), f"{row.low * 100:.0f} to {row.high * 100:.0f} %", percent(row.prior))
+        for row in parse(_newest("*-redteam-learned.json").read_text(encoding="utf-8"))
+        if row.attack in ("r4", "r4t", "r5", "r6")
+    ]  # fmt: skip
+    head = ("attack", "", "attacker knows", "what protects", "recovered", "95 %", "a guess")
+    return _table(head, *rows)
+
+
 def projection() -> str:
     """What is left of a model behind trained projections, without noise and with counts."""
     path = _newest("*-projection.md")
@@ -207,6 +219,7 @@ TABLES: Final[dict[str, Callable[[], str]]] = {
     "placeholders": placeholders,
     "clean-channel": clean_channel,
     "sweep": sweep,
+    "learned": learned,
     "projection": projection,
     "denoiser": denoiser,
     "audit": audit,
