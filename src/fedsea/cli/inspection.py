@@ -53,7 +53,7 @@ def inspect(
 
 
 def bytes_on_wire(found: Inspection) -> dict[str, dict[str, int]]:
-    """Bytes of rows per codec: one token each way, and a prompt of `context` tokens.
+    """Bytes of rows per codec of floats: one token each way, and a prompt of `context` tokens.
 
     Of a prompt all rows come back when the top has blocks, which need them, else the last one.
     """
@@ -68,6 +68,7 @@ def bytes_on_wire(found: Inspection) -> dict[str, dict[str, int]]:
             "prompt_down": back * codec.row_bytes(found.hidden_size),
         }
         for codec in Codec
+        if codec is not Codec.COUNTS
     }
 
 
