@@ -111,6 +111,23 @@ class VictimOptions:
             rich_help_panel=_VICTIM,
         ),
     ] = None
+    projection: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of the pair that narrows rows first; attackers know it.",
+            show_default=False,
+            rich_help_panel=_VICTIM,
+        ),
+    ] = None
+    denoiser: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of the denoiser that restores answers under its mechanism; attackers do not "
+            "have it.",
+            show_default=False,
+            rich_help_panel=_VICTIM,
+        ),
+    ] = None
     sweep: Annotated[
         bool,
         typer.Option(
@@ -235,6 +252,7 @@ def redteam(victim: VictimOptions, attacker: AttackerOptions, report: ReportOpti
         import torch
 
         from fedsea.evaluation.suite import evaluate
+        from fedsea.redteam.report import distinct
 
         if report.threads:
             torch.set_num_threads(report.threads)
@@ -246,6 +264,7 @@ def redteam(victim: VictimOptions, attacker: AttackerOptions, report: ReportOpti
             found = evaluate(plan, _Steps(advance))
         screen.out.print(_table(found, cut))
         rows += found
+    rows = distinct(rows)
     about = _about(victim, report, plans[0], time.monotonic() - began)
     _write(rows, about, report)
     _conclude(rows, report.check or [])
@@ -279,22 +298,20 @@ def _plans(victim: VictimOptions, attacker: AttackerOptions) -> list[Plan]:
 def _plan(victim: VictimOptions, attacker: AttackerOptions, model: Path, bottom: int) -> Plan:
     from fedsea.client.llm import load_tokenizer
     from fedsea.evaluation import sweep
-    from fedsea.evaluation.lineup import check_attacks
-    from fedsea.evaluation.suite import Plan, public_rows
+    from fedsea.evaluation.suite import Plan, check_plan, public_rows
     from fedsea.evaluation.texts import read_texts, with_kinds
     from fedsea.model.checkpoint import Checkpoint
     from fedsea.model.partition import Partition
+    from fedsea.model.projection import Projection
     from fedsea.privacy.registry import mechanism_from_spec
     from fedsea.redteam.knowledge import Level
 
     checkpoint = Checkpoint.open(model)
     partition = Partition(bottom, victim.top)
     partition.trunk_span(checkpoint.num_blocks)
-    level = Level(attacker.knowledge.value)
-    attacks = _attacks(attacker)
-    check_attacks(attacks, has_weights=level is not Level.BLACK_BOX)
     given = victim.mechanism or ([] if victim.sweep else list(sweep.published()))
-    width = checkpoint.hidden_size
+    pair = None if victim.projection is None else Projection.load(victim.projection)
+    width = checkpoint.hidden_size if pair is None else pair.width
     mechanisms = [mechanism_from_spec(spec, width=width) for spec in given]
     tokenizer = load_tokenizer(checkpoint)
     texts = read_texts(
@@ -308,16 +325,20 @@ def _plan(victim: VictimOptions, attacker: AttackerOptions, model: Path, bottom:
         model=model,
         partition=partition,
         texts=with_kinds(texts, tokenizer.convert_ids_to_tokens),
-        attacks=attacks,
-        level=level,
+        attacks=_attacks(attacker),
+        level=Level(attacker.knowledge.value),
         base=attacker.base,
+        projection=victim.projection,
+        denoiser=victim.denoiser,
     )
     if victim.sweep:
         specs = (*sweep.published(), *sweep.sweep(public_rows(plan)))
         mechanisms += [mechanism_from_spec(spec, width=width) for spec in specs]
     # A sweep may come to a setting that was given, or published.
     distinct = dict.fromkeys(each for each in mechanisms if each is not None)
-    return replace(plan, mechanisms=tuple(distinct))
+    plan = replace(plan, mechanisms=tuple(distinct))
+    check_plan(plan)
+    return plan
 
 
 def _show_readings(victim: VictimOptions, attacker: AttackerOptions, recording: Path) -> None:
@@ -330,6 +351,7 @@ def _show_readings(victim: VictimOptions, attacker: AttackerOptions, recording: 
     from fedsea.demo import model_path
     from fedsea.evaluation.replay import replay
     from fedsea.model.checkpoint import Checkpoint
+    from fedsea.model.projection import Projection
     from fedsea.privacy.registry import mechanism_from_spec
     from fedsea.transport.recording_file import read_recording
 
@@ -338,13 +360,18 @@ def _show_readings(victim: VictimOptions, attacker: AttackerOptions, recording: 
     specs = victim.mechanism or [PLAIN]
     if len(specs) > 1:
         raise ConfigError("a recording was made with one mechanism: give one --mechanism at most")
+    if victim.denoiser is not None:
+        raise ConfigError("a denoiser stays with the client and is in no recording: leave it out")
+    pair = None if victim.projection is None else Projection.load(victim.projection)
+    width = checkpoint.hidden_size if pair is None else pair.width
     prefix = tuple(tokenizer("").input_ids)
     found = replay(
         read_recording(recording),
         checkpoint,
         (FLOOR_ATTACK,) if attacker.attacks is None else _attacks(attacker),
-        mechanism_from_spec(specs[0], width=checkpoint.hidden_size),
+        mechanism_from_spec(specs[0], width=width),
         prefix,
+        projection=pair,
     )
     for reading in found:
         for number, ids in enumerate(reading.texts, start=1):
@@ -413,10 +440,26 @@ def _about(victim: VictimOptions, report: ReportOptions, plan: Plan, seconds: fl
             f"{len(texts.prefix)} of each are what the tokenizer puts before every text and "
             "do not count.",
             "The attacker could learn from other texts of the same kind.",
+            *_narrowed(plan),
             f"It took {seconds / 60:.1f} minutes.",
             *earlier,
         ),
     )
+
+
+def _narrowed(plan: Plan) -> list[str]:
+    """What a projection is, and which channel the check of the attacks is about."""
+    if plan.projection is None:
+        return []
+    from fedsea.model.projection import Projection
+
+    pair = Projection.load(plan.projection)
+    recipe = ", ".join(f"{name} {value}" for name, value in pair.recipe.items())
+    return [
+        f"{plan.projection.name} is the projection {pair.fingerprint()[:8]} to {pair.width} numbers"
+        f"{f' ({recipe})' if recipe else ''}; the attacker knows it. That R1 reads a channel without "
+        "protection to 99 % is asked of the channel without a projection too.",
+    ]
 
 
 def _write(rows: Sequence[Row], about: About, report: ReportOptions) -> None:

@@ -117,7 +117,8 @@ def markdown(rows: Sequence[Row], about: About) -> str:
         "## All attacks",
         "",
         "Noise is in units of the signal. The interval is Clopper and Pearson's of 95 %. `prior` is "
-        "the guess without any observation, `clean` the same attack without protection.",
+        "the guess without any observation, `clean` the same attack without protection. Behind a "
+        "projection noise is what reaches the trunk: it counts what the narrow row leaves out.",
         "",
     ]
     return "\n".join(lines) + table_of(rows)
@@ -155,13 +156,13 @@ def _verdicts(rows: Sequence[Row]) -> str:
 def _overview(rows: Sequence[Row]) -> str:
     """Mechanisms down, cuts across, a word in each field."""
     cuts = _by_cut(rows)
-    names = list(dict.fromkeys(row.mechanism for row in rows))
+    names = list(dict.fromkeys(row.protection for row in rows))
     head = "".join(f"<th>{escape(verdict.cut_text(cut[0]))}</th>" for cut in cuts)
     lines = []
     for name in names:
         fields = []
         for cut in cuts:
-            found = verdict.mechanisms(row for row in cut if row.mechanism == name)
+            found = verdict.mechanisms(row for row in cut if row.protection == name)
             kind = _kind(found[0]) if found else "none"
             fields.append(f"<td class={kind}>{_WORDS[kind]}</td>")
         lines.append(f"<tr><th scope=row>{escape(name)}</th>{''.join(fields)}</tr>")
@@ -210,6 +211,11 @@ real next token. Agreement: how often its first choice is that of the unprotecte
 <dt>Not protective</dt><dd>The strongest attack recovers at least
 {verdict.RECOVERY_POINTS * 100:.0f} points more than a guess, while accuracy is within
 {verdict.UTILITY_POINTS * 100:.0f} points of the unprotected model.</dd>
+<dt>Width</dt><dd>How many numbers a row has on the wire where a projection narrows it; the attacker
+knows the projection. What it leaves out nobody can read, and the model lacks it too: the row without
+a mechanism says how much that is. Noise there is what reaches the provider's blocks.</dd>
+<dt>Denoised</dt><dd>The data owner restores part of the answer at home. The attacker gets nothing of
+it: only the use changes.</dd>
 <dt>Bound</dt><dd>Where a mechanism is differentially private: the most that <em>any</em> attacker
 with the same prior knowledge can recover of one token. A measured recovery is only what
 <em>these</em> attackers reached.</dd>
@@ -238,7 +244,7 @@ def _table(rows: Sequence[Row]) -> str:
             first = index == 0
             name = (
                 f'<th scope=rowgroup rowspan={len(setting)} title="{escape(row.guarantee)}">'
-                f"{_breakable(row.parameters)}"
+                f"{_breakable(row.setting)}"
                 f"<small>noise {row.noise:.2f} × signal{_bound_text(row)}</small></th>"
                 if first
                 else ""
@@ -273,7 +279,7 @@ def _classes(rows: Sequence[Row]) -> str:
         return ""
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
     lines = [
-        f"<tr><th scope=row>{_breakable(row.parameters)}</th>"
+        f"<tr><th scope=row>{_breakable(row.setting)}</th>"
         f"<td class=word>{escape(row.attack.upper())}</td>"
         + "".join(_class_cell(row, name) for name in names)
         + "</tr>"
@@ -359,7 +365,7 @@ def _by_cut(rows: Iterable[Row]) -> list[list[Row]]:
 def _groups(rows: Iterable[Row]) -> list[list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row.parameters, []).append(row)
+        found.setdefault(row.setting, []).append(row)
     return list(found.values())
 
 
@@ -407,10 +413,10 @@ def _unique_ids(svg: str, prefix: str) -> str:
 def _draw_tradeoff(axes: Axes, rows: Sequence[Row]) -> None:
     """Agreement with the clean model on x, the strongest attack's recovery on y."""
     found = verdict.settings(rows)
-    clean = [setting for setting in found if setting.strongest.mechanism == PLAIN]
-    names = dict.fromkeys(s.strongest.mechanism for s in found if s.strongest.noise > 0)
+    clean = [setting for setting in found if setting.strongest.is_clean]
+    names = dict.fromkeys(s.strongest.protection for s in found if s.strongest.noise > 0)
     for number, name in enumerate(names):
-        line = [*clean, *_by_noise(s for s in found if s.strongest.mechanism == name)]
+        line = [*clean, *_by_noise(s for s in found if s.strongest.protection == name)]
         _line(
             axes,
             number,
@@ -442,7 +448,7 @@ def _draw_attacks(axes: Axes, rows: Sequence[Row]) -> None:
     ]
     for number, name in enumerate(attacks):
         line = sorted(
-            (r for r in rows if r.attack == name and r.mechanism in (shown, PLAIN)),
+            (r for r in rows if r.attack == name and r.protection in (shown, PLAIN)),
             key=lambda row: row.noise,
         )
         _line(
@@ -452,7 +458,7 @@ def _draw_attacks(axes: Axes, rows: Sequence[Row]) -> None:
         {
             (r.noise, r.utility.accuracy / max(r.clean_utility.accuracy, 1e-9))
             for r in rows
-            if r.mechanism in (shown, PLAIN)
+            if r.protection in (shown, PLAIN)
         }
     )
     axes.plot(
@@ -463,7 +469,7 @@ def _draw_attacks(axes: Axes, rows: Sequence[Row]) -> None:
         linestyle=(0, (1, 1.5)),
         label="accuracy kept",
     )
-    positive = [row.noise for row in rows if row.mechanism == shown and row.noise > 0]
+    positive = [row.noise for row in rows if row.protection == shown and row.noise > 0]
     axes.set_xscale("symlog", linthresh=min(positive, default=1.0))
     _finish(axes, rows, f"noise of {shown}, in units of the signal")
 
@@ -473,7 +479,7 @@ def _most_tried(rows: Sequence[Row]) -> str:
     counts: dict[str, set[str]] = {}
     for row in rows:
         if row.noise > 0:
-            counts.setdefault(row.mechanism, set()).add(row.parameters)
+            counts.setdefault(row.protection, set()).add(row.parameters)
     if not counts:
         return PLAIN
     return max(counts, key=lambda name: (len(counts[name]), name == verdict.FEDSEA))

@@ -1,8 +1,10 @@
 """The red team's suite: every mechanism on a cut, every attack on what it released.
 
 The order is that of an experiment. The clean channel comes first: it gives the utility without
-protection, what each attack can do at best, and the check that the attacks work at all. Then each
-mechanism protects the same texts, through the client's own path, and is attacked and measured.
+protection, what each attack can do at best, and the check that the attacks work at all. Where there
+is a projection, it then stands at the cut alone: what it leaves out is lost to attacker and model
+alike, and is not the merit of a mechanism. Then each mechanism protects the same texts, behind the
+projection, through the client's own path, and is attacked and measured.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from fedsea.errors import ConfigError
 from fedsea.evaluation import utility as usefulness
 from fedsea.evaluation.lineup import Lineup, check_attacks
 from fedsea.evaluation.texts import Ids, Texts
@@ -24,6 +27,8 @@ from fedsea.evaluation.verdict import FLOOR_ATTACK
 from fedsea.evaluation.victim import Observed, Victim, load_trunk
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.partition import Partition
+from fedsea.model.projection import Projection
+from fedsea.privacy.denoiser import Denoiser, Purpose
 from fedsea.privacy.mechanism import Mechanism
 from fedsea.redteam.attack import TextGuess
 from fedsea.redteam.intervals import clopper_pearson
@@ -43,6 +48,7 @@ _ROTATIONS = {"rotation": Rotation.random, "permutation": Rotation.permutation}
 _ROTATION_SEED = 1
 _ROTATION_SAYS = "not private: norms and inner products stay, and name the tokens"
 _PLAIN_SAYS = "not private: splitting alone hides nothing from who runs the trunk"
+_NARROW_SAYS = "not private: everybody knows the projection, and what it keeps names the tokens"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +63,9 @@ class Plan:
         attacks: names from `lineup.ATTACKS`; R1 always reads the clean channel.
         level: what the attacker holds.
         base: folder of the public checkpoint that an attacker uses; the client's own by default.
+        projection: file of the pair that narrows rows before they are protected; attackers know it.
+        denoiser: file of the denoiser that the client restores answers with, under the mechanism
+            that it was trained for; attackers do not have it.
         answers: how many prompts are answered, to compare greedy generation.
         answer_tokens: how long these answers are at most.
     """
@@ -68,6 +77,8 @@ class Plan:
     attacks: tuple[str, ...] = ("nn", "r1", "r2")
     level: Level = Level.BASE
     base: Path | None = None
+    projection: Path | None = None
+    denoiser: Path | None = None
     answers: int = 4
     answer_tokens: int = 24
 
@@ -77,6 +88,8 @@ class _Channel:
     """What one mechanism released, and what it left of the model."""
 
     mechanism: Mechanism | None
+    projection: Projection | None
+    denoised: bool
     observed: tuple[Observed, ...]
     views: tuple[ServerView, ...]
     readings: tuple[Reading, ...]
@@ -99,28 +112,79 @@ def evaluate(plan: Plan, progress: Progress | None = None) -> list[Row]:
         progress: called with what is done now, the channels done, and the channels in all.
 
     Raises:
-        ConfigError: an unknown attack, or a mechanism that does not fit the model.
+        ConfigError: an unknown attack, or a part that does not fit the model or the others.
         FedseaError: whatever the client raises.
     """
-    check_attacks(plan.attacks, has_weights=plan.level is not Level.BLACK_BOX)
+    check_plan(plan)
     tell = progress or _silent
-    steps = 1 + len(plan.mechanisms)
+    narrowed = [] if plan.projection is None else [None]
+    behind: list[Mechanism | None] = [*narrowed, *plan.mechanisms]
+    steps = 1 + len(behind)
     tell("the clean channel", 0, steps)
     with _Suite(plan) as suite:
         rows = [*suite.attack(suite.clean), *suite.attack_rotations()]
-        for done, mechanism in enumerate(plan.mechanisms, start=1):
-            tell(mechanism.spec(), done, steps)
-            rows += suite.attack(suite.channel(mechanism))
+        for done, mechanism in enumerate(behind, start=1):
+            tell("the projection" if mechanism is None else mechanism.spec(), done, steps)
+            rows += suite.attack(suite.channel(mechanism, suite.projection))
     tell("done", steps, steps)
     return rows
 
 
+def check_plan(plan: Plan) -> None:
+    """Refuse what can be refused before anything runs.
+
+    Raises:
+        ConfigError: an attack that is not known or cannot be run, a projection or a denoiser for
+            something else.
+        CheckpointError, FingerprintMismatch: a file is corrupt, or for another checkpoint.
+    """
+    check_attacks(plan.attacks, has_weights=plan.level is not Level.BLACK_BOX)
+    if plan.projection is None and plan.denoiser is None:
+        return
+    checkpoint = Checkpoint.open(plan.model)
+    projection = _projection(plan)
+    if projection is not None:
+        projection.check_fits(
+            checkpoint.hidden_size, plan.partition.bottom, checkpoint.fingerprint()
+        )
+        if projection.encoder is None or projection.decoder is None:
+            raise ConfigError(
+                "the red team runs both sides and needs both halves of the projection; "
+                "give the whole pair"
+            )
+    if plan.denoiser is not None:
+        _check_denoiser(plan, Denoiser.load(plan.denoiser).purpose, projection, checkpoint)
+
+
+def _check_denoiser(
+    plan: Plan, purpose: Purpose, projection: Projection | None, checkpoint: Checkpoint
+) -> None:
+    if not any(mechanism.spec() == purpose.mechanism for mechanism in plan.mechanisms):
+        raise ConfigError(
+            f"the denoiser was trained for '{purpose.mechanism}', which is not attacked here; "
+            "give this mechanism"
+        )
+    named = "" if projection is None else projection.fingerprint()
+    used = replace(
+        purpose,
+        model=checkpoint.fingerprint(),
+        bottom=plan.partition.bottom,
+        top=plan.partition.top,
+        projection=named,
+    )
+    purpose.check(used)
+
+
+def _projection(plan: Plan) -> Projection | None:
+    return None if plan.projection is None else Projection.load(plan.projection)
+
+
 def public_rows(plan: Plan, most: int = 64) -> list[Tensor]:
-    """Rows [n, hidden] at the cut of some public texts, as a client without protection sends them.
+    """Rows [n, width] at the cut of some public texts, as a client without a mechanism sends them.
 
     A sweep takes its clip norms from them.
     """
-    with Victim(plan.model, plan.partition) as victim:
+    with Victim(plan.model, plan.partition, projection=plan.projection) as victim:
         first = len(plan.texts.prefix)
         return [_sent(_view(victim, ids))[first:] for ids in plan.texts.public[:most]]
 
@@ -130,7 +194,11 @@ class _Suite:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._trunk = load_trunk(plan.model)
+        self.projection = _projection(plan)
+        self._denoised = (
+            None if plan.denoiser is None else Denoiser.load(plan.denoiser).purpose.mechanism
+        )
+        self._trunk = load_trunk(plan.model, plan.projection)
         self._first = len(plan.texts.prefix)
         self._own_client = Victim(plan.model, plan.partition, self._trunk)
         self.clean = self.channel(None)
@@ -141,6 +209,11 @@ class _Suite:
         model = self._lineup.knowledge.language_model
         self._prior = [prior_only(ids, self._first, model) for ids in plan.texts.secret]
         self._prior_rate = _rate(self._scores(PRIOR_ATTACK, self.clean, self._prior)).recovery
+        # After the prior, so that its language model is loaded once for both.
+        self._behind = self._lineup
+        if self.projection is not None:
+            known = self._lineup.knowledge.behind(self.projection)
+            self._behind = Lineup(known, plan.texts.public)
 
     def __enter__(self) -> Self:
         return self
@@ -148,12 +221,21 @@ class _Suite:
     def __exit__(self, *_: object) -> None:
         self._own_client.close()
 
-    def channel(self, mechanism: Mechanism | None) -> _Channel:
+    def channel(
+        self, mechanism: Mechanism | None, projection: Projection | None = None
+    ) -> _Channel:
         """Send the texts through the client's own path, and have some prompts answered."""
         plan = self._plan
         secret = plan.texts.secret
+        denoised = mechanism is not None and mechanism.spec() == self._denoised
         with Victim(
-            plan.model, plan.partition, self._trunk, mechanism, plan.texts.prefix
+            plan.model,
+            plan.partition,
+            self._trunk,
+            mechanism,
+            plan.texts.prefix,
+            None if projection is None else plan.projection,
+            plan.denoiser if denoised else None,
         ) as victim:
             observed = tuple(victim.read(ids) for ids in secret)
             answers = tuple(
@@ -163,6 +245,8 @@ class _Suite:
             hidden = victim.llm.checkpoint.hidden_size
         return _Channel(
             mechanism=mechanism,
+            projection=projection,
+            denoised=denoised,
             observed=observed,
             # A view for each text: they are told apart even where they begin alike.
             views=tuple(ServerView(seen.messages, hidden) for seen in observed),
@@ -175,14 +259,16 @@ class _Suite:
         names = list(self._plan.attacks)
         utility = self._utility(channel)
         rows = []
-        if channel.mechanism is not None and _ROTATION_ATTACK in names:
+        is_clean = channel is self.clean
+        if not is_clean and _ROTATION_ATTACK in names:
             names.remove(_ROTATION_ATTACK)
-        if channel.mechanism is None:
+        if is_clean:
             rows.append(self._row(PRIOR_ATTACK, channel, utility, self._prior))
             if self._plan.level is not Level.BLACK_BOX and FLOOR_ATTACK not in names:
                 names.insert(0, FLOOR_ATTACK)
         for name in names:
-            guesses = [self._lineup.run(name, view, channel.mechanism) for view in channel.views]
+            lineup = self._lineup if channel.projection is None else self._behind
+            guesses = [lineup.run(name, view, channel.mechanism) for view in channel.views]
             texts = [text for guess in guesses for text in guess.texts]
             seconds = sum(guess.seconds for guess in guesses)
             rows.append(self._row(name, channel, utility, texts, seconds))
@@ -227,7 +313,8 @@ class _Suite:
         plan, mechanism = self._plan, channel.mechanism
         scores = self._scores(attack, channel, guesses)
         total = _rate(scores)
-        if mechanism is None:
+        projection = channel.projection
+        if channel is self.clean:
             self._best.setdefault(attack, total.recovery)
         loss = None if mechanism is None else mechanism.loss()
         return Row(
@@ -248,11 +335,14 @@ class _Suite:
             clean_utility=self._clean_utility,
             noise=self._noise(channel),
             by_class=_by_class(scores),
-            guarantee=_PLAIN_SAYS if mechanism is None else mechanism.describe(),
+            guarantee=_guarantee(channel),
             mu=None if loss is None else loss.mu(),
             bound=None if mechanism is None else self._bound(mechanism),
             seconds=seconds,
             details=_means(guesses),
+            width=None if projection is None else projection.width,
+            projection="" if projection is None else projection.fingerprint(),
+            denoised=channel.denoised,
         )
 
     def _scores(self, attack: str, channel: _Channel, guesses: Sequence[TextGuess]) -> list[_Score]:
@@ -277,10 +367,12 @@ class _Suite:
         return usefulness.utility(channel.readings, clean.readings, channel.answers, clean.answers)
 
     def _noise(self, channel: _Channel) -> float:
-        """Root mean square of what the mechanism did to the rows, in units of the rows."""
-        if channel.mechanism is None:
+        """Root mean square of what became of the rows before the trunk, in units of the rows."""
+        if channel is self.clean:
             return 0.0
         released = torch.cat([_sent(view)[self._first :] for view in channel.views])
+        if channel.projection is not None:
+            released = channel.projection.decode(released)
         clean = torch.cat(self._clean_rows)
         return float((released - clean).norm() / clean.norm())
 
@@ -317,6 +409,12 @@ class _Suite:
             public=public,
             public_prefix=plan.texts.prefix,
         )
+
+
+def _guarantee(channel: _Channel) -> str:
+    if channel.mechanism is not None:
+        return channel.mechanism.describe()
+    return _PLAIN_SAYS if channel.projection is None else _NARROW_SAYS
 
 
 def _view(victim: Victim, ids: Sequence[int]) -> ServerView:

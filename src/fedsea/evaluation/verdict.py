@@ -4,7 +4,9 @@
 0.1): it says `not protective` when the strongest attack recovers at least 10 points more tokens
 than a guess without any observation, while the model's next-token accuracy is within 2 points of
 the unprotected model's. `floor` is the check of the suite itself: an attack that cannot read a
-clean channel proves nothing about a protected one.
+clean channel proves nothing about a protected one. It is about the channel without mechanism and
+without projection: what a narrow projection leaves out cannot be read by anybody, and the row of the
+projection alone says how much that is.
 """
 
 from __future__ import annotations
@@ -87,7 +89,7 @@ def settings(rows: Iterable[Row]) -> list[Setting]:
     """Rows by cut and mechanism, in their order; prompts that were not attacked are left out."""
     grouped: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        grouped.setdefault((*row.channel, row.knowledge, row.parameters), []).append(row)
+        grouped.setdefault((*row.channel, row.knowledge, row.setting), []).append(row)
     return [
         Setting(max(prompt, key=lambda row: row.recovery), tuple(group))
         for group in grouped.values()
@@ -107,8 +109,9 @@ def fedsea_scale(rows: Iterable[Row]) -> list[Verdict]:
     found: dict[tuple[object, ...], list[Setting]] = {}
     for setting in settings(rows):
         if published_scale(setting.strongest) is not None:
-            cut = (*setting.strongest.channel, setting.strongest.knowledge)
-            found.setdefault(cut, []).append(setting)
+            row = setting.strongest
+            key = (*row.channel, row.knowledge, row.protection)
+            found.setdefault(key, []).append(setting)
     return [_fedsea_verdict(group) for group in found.values()]
 
 
@@ -128,7 +131,8 @@ def mechanisms(rows: Iterable[Row]) -> list[Verdict]:
     """One verdict for each mechanism on each cut, over all settings that were tried."""
     found: dict[tuple[object, ...], list[Setting]] = {}
     for setting in settings(rows):
-        key = (*setting.strongest.channel, setting.strongest.knowledge, setting.strongest.mechanism)
+        row = setting.strongest
+        key = (*row.channel, row.knowledge, row.protection)
         found.setdefault(key, []).append(setting)
     return [_mechanism_verdict(group) for group in found.values()]
 
@@ -137,6 +141,12 @@ def cut_text(row: Row) -> str:
     """Where the rows were taken: model and blocks."""
     blocks = "1 block" if row.bottom == 1 else f"{row.bottom} blocks"
     return f"{row.model}, {blocks} before the cut"
+
+
+def _place_text(row: Row) -> str:
+    """The cut, and what stands there beside a mechanism."""
+    width = "" if row.width is None else f", rows narrowed to {row.width}"
+    return f"{cut_text(row)}{width}{', answers denoised' if row.denoised else ''}"
 
 
 def setting_text(setting: Setting) -> str:
@@ -151,44 +161,44 @@ def setting_text(setting: Setting) -> str:
 
 
 def _fedsea_verdict(group: Sequence[Setting]) -> Verdict:
-    where = cut_text(group[0].strongest)
+    where = _place_text(group[0].strongest)
     exposed = [setting for setting in group if setting.standing is Standing.EXPOSED]
     if exposed:
         worst = max(exposed, key=lambda setting: setting.strongest.noise)
-        sentence = f"{where}: {Standing.EXPOSED}: at {worst.strongest.parameters} "
+        sentence = f"{where}: {Standing.EXPOSED}: at {worst.strongest.setting} "
         return Verdict(FEDSEA_SCALE, False, f"{sentence}{setting_text(worst)}.", worst)
     best = max(group, key=lambda setting: setting.gain)
     sentence = (
         f"{where}: no published scale was found both useful and readable; "
-        f"at {best.strongest.parameters} {setting_text(best)}."
+        f"at {best.strongest.setting} {setting_text(best)}."
     )
     return Verdict(FEDSEA_SCALE, True, sentence, best)
 
 
 def _mechanism_verdict(group: Sequence[Setting]) -> Verdict:
     first = group[0].strongest
-    name, where = first.mechanism, cut_text(first)
+    name, where = first.mechanism, _place_text(first)
     if name == PLAIN:
-        sentence = f"{where}: splitting alone hides nothing: {setting_text(group[0])}."
-        protective = group[0].standing.is_protective
-        return Verdict(name, protective, sentence if not protective else _held(where), group[0])
+        worst = max(group, key=lambda setting: setting.gain)
+        says = "splitting alone hides nothing" if first.is_clean else "this alone is no protection"
+        sentence = f"{where}: {says}: {setting_text(worst)}."
+        protective = worst.standing.is_protective
+        return Verdict(name, protective, sentence if not protective else _held(where), worst)
     holding = [setting for setting in group if setting.standing is Standing.HOLDS]
     if holding:
         best = min(holding, key=lambda setting: setting.gain)
-        sentence = (
-            f"{where}: {Standing.HOLDS} at {best.strongest.parameters}: {setting_text(best)}."
-        )
+        sentence = f"{where}: {Standing.HOLDS} at {best.strongest.setting}: {setting_text(best)}."
         return Verdict(name, True, sentence, best)
     spent = [setting for setting in group if setting.standing.is_protective]
     if spent:
         least = min(spent, key=lambda setting: setting.cost)
         sentence = (
             f"{where}: no setting kept both text and use; the attacker falls to a guess at "
-            f"{least.strongest.parameters}, where {setting_text(least)}."
+            f"{least.strongest.setting}, where {setting_text(least)}."
         )
         return Verdict(name, False, sentence, least)
     least = min(group, key=lambda setting: setting.gain)
-    sentence = f"{where}: not protective at any setting; at {least.strongest.parameters} "
+    sentence = f"{where}: not protective at any setting; at {least.strongest.setting} "
     return Verdict(name, False, f"{sentence}{setting_text(least)}.", least)
 
 

@@ -23,7 +23,9 @@ from fedsea.client.llm import LLM
 from fedsea.client.protection import Protection
 from fedsea.errors import FedseaError
 from fedsea.model.partition import Partition
+from fedsea.privacy.clipping import checked_rows
 from fedsea.privacy.mechanism import Mechanism, Unit
+from fedsea.privacy.noise import NoiseSource
 from fedsea.server import loading
 from fedsea.server.config import ServerConfig
 from fedsea.server.service import TrunkService
@@ -60,6 +62,9 @@ class Victim:
         trunk: a loaded trunk of the same checkpoint; loaded here when it is not given.
         mechanism: what protects the rows; None for mode plain.
         public_prefix: ids with which every text begins; their rows are not protected.
+        projection: file of a pair that narrows the rows first, also where no mechanism protects them;
+            a trunk that is given serves it.
+        denoiser: file of the denoiser that the client restores answers with; it needs a mechanism.
 
     Raises:
         ModelError, ConfigError: the model cannot be loaded or cut so.
@@ -72,8 +77,10 @@ class Victim:
         trunk: loading.Trunk | None = None,
         mechanism: Mechanism | None = None,
         public_prefix: tuple[int, ...] = (),
+        projection: Path | None = None,
+        denoiser: Path | None = None,
     ) -> None:
-        config = server_config(model)
+        config = server_config(model, projection)
         loaded = trunk if trunk is not None else loading.load(config)
         self._recorder = Recorder(_RECORDED_MESSAGES)
         self._folder = TemporaryDirectory(prefix="fedsea-victim-")
@@ -85,7 +92,7 @@ class Victim:
                 partition=partition,
                 dtype="fp32",
                 kv_rows=min(MAX_KV_ROWS, 4 * loaded.max_context),
-                privacy=self._protection(partition, mechanism, public_prefix),
+                privacy=self._protection(partition, mechanism, public_prefix, projection, denoiser),
             )
         except FedseaError:
             self._folder.cleanup()
@@ -124,14 +131,21 @@ class Victim:
         self.close()
 
     def _protection(
-        self, partition: Partition, mechanism: Mechanism | None, public_prefix: tuple[int, ...]
+        self,
+        partition: Partition,
+        mechanism: Mechanism | None,
+        public_prefix: tuple[int, ...],
+        projection: Path | None,
+        denoiser: Path | None,
     ) -> Protection | None:
-        """The mechanism with a ledger of its own, without a budget; None for mode plain."""
-        if mechanism is None:
+        """What stands at the cut, with a ledger of its own without a budget; None for nothing."""
+        if mechanism is None and projection is None and denoiser is None:
             return None
         return Protection(
-            mechanism=mechanism,
-            unit=Unit.PROMPT if partition.bottom else Unit.TOKEN,
+            mechanism=mechanism or _Unchanged(),
+            unit=Unit.PROMPT if partition.bottom or denoiser is not None else Unit.TOKEN,
+            projection=projection,
+            denoiser=denoiser,
             tenant="redteam",
             ledger=Path(self._folder.name) / "ledger.sqlite",
             public_prefix=len(public_prefix),
@@ -147,20 +161,44 @@ class Victim:
             await session.close()
 
 
-def load_trunk(model: str | Path) -> loading.Trunk:
+def load_trunk(model: str | Path, projection: Path | None = None) -> loading.Trunk:
     """A trunk that several victims of one model share; it serves every partition."""
-    return loading.load(server_config(model))
+    return loading.load(server_config(model, projection))
 
 
-def server_config(model: str | Path) -> ServerConfig:
+def server_config(model: str | Path, projection: Path | None = None) -> ServerConfig:
     """Settings of a server in this process that serves all blocks of a model in fp32."""
     return ServerConfig.from_table(
         {
             "server": {"model": str(model)},
+            "model": {"projections": [] if projection is None else [str(projection)]},
             "kv": {"rows": MAX_KV_ROWS},
             "security": {"plaintext": True},
         }
     )
+
+
+class _Unchanged(Mechanism):
+    """Rows as they are: the control in which a projection stands at the cut alone."""
+
+    __slots__ = ()
+
+    name = "unchanged"
+
+    def protect(self, rows: Tensor, noise: NoiseSource) -> Tensor:  # noqa: ARG002 - there is none
+        return checked_rows(rows).to("cpu", torch.float32)
+
+    def loss(self) -> None:
+        return None
+
+    def _scores(self, released: Tensor, clean: Tensor) -> Tensor:
+        return -(clean - released).square().sum(dim=1)
+
+    def parameters(self) -> dict[str, str]:
+        return {}
+
+    def describe(self) -> str:
+        return "not differentially private: rows leave as they are"
 
 
 class _ServerHere(Channel):

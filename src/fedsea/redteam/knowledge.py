@@ -11,7 +11,7 @@ mechanism, the projection, the partition, the tokenizer and the public prefix: n
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 
@@ -155,6 +155,17 @@ class Knowledge:
         if self.public is None:
             raise ConfigError(f"{need} needs a public checkpoint: give the attacker one")
         return self.public
+
+    def behind(self, projection: Projection) -> Knowledge:
+        """The same attacker before a client whose rows a projection narrows.
+
+        Weights are shared, the language model as well when it was loaded before.
+        """
+        made = replace(self, projection=projection)
+        for name in ("top", "language_model"):
+            if name in vars(self):
+                vars(made)[name] = vars(self)[name]
+        return made
 
     def encode(self, rows: Tensor) -> Tensor:
         """Rows [n, hidden] as the client hands them to the mechanism: [n, width]."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from rich import box
@@ -33,6 +33,7 @@ TITLES: Mapping[str, str] = {
     "r6": "breaking a secret rotation",
 }
 _PERCENT = 100.0
+_SHORT_FINGERPRINT = 8
 _NOTED_GAIN = 0.1  # over the guess, from where a rate is shown in red
 
 
@@ -72,16 +73,21 @@ class Row:
         top: blocks before the norm on the client's side.
         mechanism: its name, `plain` for none.
         parameters: the mechanism in full, as `mechanism_from_spec` takes it.
+        width: numbers in a row on the wire behind a projection, None without one.
+        projection: fingerprint of the projection, empty without one.
+        denoised: whether the client restores what comes back; attackers see nothing of it.
         knowledge: what the attacker holds: base, leaked or black-box.
         recovery: share of secret tokens that the attacker named.
         low: lower end of the 95 % interval of `recovery`.
         high: upper end.
         tokens: how many tokens were attacked.
         prior: share that the attacker names without any observation.
-        clean: `recovery` of the same attack without a mechanism; None when it was not run.
+        clean: `recovery` of the same attack without mechanism and projection; None when it was
+            not run.
         utility: of this mechanism.
-        clean_utility: without a mechanism.
-        noise: root mean square of the change of a row, in units of that of the row itself.
+        clean_utility: without mechanism and projection.
+        noise: root mean square of the change of a row that enters the trunk, in units of that of the
+            row itself; behind a projection, what it leaves out is part of the change.
         by_class: recovery by kind of token.
         guarantee: the mechanism in one line for people.
         mu: Gaussian privacy parameter of one token, None without a guarantee.
@@ -112,6 +118,9 @@ class Row:
     bound: float | None = None
     seconds: float = 0.0
     details: Mapping[str, float] = field(default_factory=dict)
+    width: int | None = None
+    projection: str = ""
+    denoised: bool = False
 
     @property
     def channel(self) -> tuple[str, int, int]:
@@ -120,8 +129,24 @@ class Row:
 
     @property
     def is_clean(self) -> bool:
-        """Whether nothing protected the rows."""
-        return self.mechanism == PLAIN
+        """Whether the rows left as they were: no mechanism and no projection."""
+        return self.mechanism == PLAIN and self.width is None
+
+    @property
+    def protection(self) -> str:
+        """The mechanism by name, with what stands beside it; the same at every noise."""
+        return self._beside(self.mechanism, "" if self.width is None else f"width {self.width}")
+
+    @property
+    def setting(self) -> str:
+        """The mechanism in full, with what stands beside it."""
+        short = self.projection[:_SHORT_FINGERPRINT]
+        width = "" if self.width is None else f"projection {short} to width {self.width}"
+        return self._beside(self.parameters, width)
+
+    def _beside(self, mechanism: str, width: str) -> str:
+        parts = (mechanism, width, "denoised" if self.denoised else "")
+        return ", ".join(part for part in parts if part)
 
     def to_json(self) -> dict[str, Any]:
         """The row as JSON values; the interval is a pair, numbers that JSON lacks become null."""
@@ -175,6 +200,15 @@ def parse(text: str) -> list[Row]:
     return [Row.from_json(value) for value in values]
 
 
+def distinct(rows: Iterable[Row]) -> list[Row]:
+    """Rows without those that say again, but for the time, what an earlier one says."""
+    kept: list[Row] = []
+    for row in rows:
+        if not any(replace(row, seconds=other.seconds) == other for other in kept):
+            kept.append(row)
+    return kept
+
+
 COLUMNS = ("attack", "recovered", "95 %", "prior", "clean", "perplexity", "agreement")
 
 
@@ -195,11 +229,11 @@ def table(rows: Sequence[Row], title: str) -> Table:
     previous = None
     for row in rows:
         attack, *rates, perplexity, agreement = _cells(row)
-        if row.parameters != previous:
-            previous = row.parameters
+        if row.setting != previous:
+            previous = row.setting
             blank = [""] * len(rates)
             made.add_section()
-            made.add_row(Text(row.parameters, style="bold"), *blank, perplexity, agreement)
+            made.add_row(Text(row.setting, style="bold"), *blank, perplexity, agreement)
         made.add_row(Text.assemble("  ", attack), *rates, "", "")
     return made
 
@@ -209,7 +243,7 @@ def markdown(rows: Sequence[Row]) -> str:
     head = ("model", "bottom", "mechanism", "noise", *COLUMNS)
     lines = ["| " + " | ".join(head) + " |", "|---|---:|---|---:|---|" + "---:|" * 6]
     for row in rows:
-        cells = (row.model, str(row.bottom), f"`{row.parameters}`", f"{row.noise:.2f}")
+        cells = (row.model, str(row.bottom), f"`{row.setting}`", f"{row.noise:.2f}")
         shown = [cell.plain if isinstance(cell, Text) else cell for cell in _cells(row)]
         lines.append("| " + " | ".join((*cells, *shown)) + " |")
     return "\n".join(lines) + "\n"

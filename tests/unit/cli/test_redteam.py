@@ -65,3 +65,16 @@ def test_there_must_be_something_to_attack(fedsea, tiny_model, tmp_path):
     assert "no recording" in result.stderr
     two = ("--mechanism", "plain", "--mechanism", "fedsea:scale=1")
     assert fedsea("redteam", "--model", tiny_model, "--recording", other, *two).exit_code == 2
+
+
+def test_a_projection_or_denoiser_that_is_none_is_refused(fedsea, text, tiny_model, tmp_path):
+    """Files are opened before anything is attacked; a recording has no denoiser."""
+    for option in ("--projection", "--denoiser"):
+        absent = fedsea("redteam", "--model", tiny_model, "--text", text, option, tmp_path / "none")
+        assert absent.exit_code == 3
+        assert "none" in absent.stderr
+        assert "Traceback" not in absent.output
+    given = ("--recording", text, "--denoiser", text)
+    result = fedsea("redteam", "--model", tiny_model, *given)
+    assert result.exit_code == 2
+    assert "stays with the client" in result.stderr

@@ -1,9 +1,14 @@
-"""Rows of a report with chosen numbers."""
+"""Rows of a report with chosen numbers, and files of projections."""
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+import torch
+
+from fedsea.model.checkpoint import Checkpoint
+from fedsea.model.projection import Projection
 from fedsea.redteam.report import Row, Utility
 
 
@@ -34,3 +39,18 @@ def make_row(**changed):
 def row_maker():
     """A function that makes a row with chosen fields."""
     return make_row
+
+
+@pytest.fixture(name="narrowing")
+def file_of_pair(tiny_model, tmp_path):
+    """A function that writes a projection of the tiny model to a width: orthonormal, at random."""
+
+    def made(width: int, bottom: int = 1, seed: int = 0) -> Path:
+        chance = torch.Generator().manual_seed(seed)
+        turn = torch.linalg.qr(torch.randn(48, 48, generator=chance)).Q[:width]
+        fingerprint = Checkpoint.open(tiny_model).fingerprint()
+        file = tmp_path / f"narrow-{width}-{bottom}-{seed}"
+        Projection.of(turn, turn.T.clone(), bottom, fingerprint).save(file)
+        return file
+
+    return made

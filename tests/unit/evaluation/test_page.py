@@ -133,3 +133,14 @@ def test_markdown_has_verdicts_command_and_rows(rows):
     assert ABOUT.command in text
     assert "**fedsea-scale** (not protective)" in text
     assert text.count("| tiny |") == len(rows)
+
+
+def test_the_page_names_the_width_of_a_projection(rows, make_row):
+    """A mechanism behind a projection stands beside the same one without, under a name of its own."""
+    behind = make_row(
+        mechanism="fedsea", parameters="fedsea:scale=2", noise=3.0, width=16, projection="c" * 64
+    )
+    html = page([*rows, behind], ABOUT)
+    assert "<th scope=row>fedsea, width 16</th>" in html
+    assert "projection cccccccc to width 16" in html.replace("<wbr>", "")
+    assert "projection cccccccc to width 16" in markdown([*rows, behind], ABOUT)

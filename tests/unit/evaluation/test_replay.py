@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from fedsea.errors import ConfigError, FingerprintMismatch
@@ -11,11 +9,8 @@ from fedsea.evaluation.replay import replay
 from fedsea.evaluation.victim import Victim
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.partition import Partition
-from fedsea.transport.recording import Direction
+from fedsea.model.projection import Projection
 from fedsea.transport.recording_file import RecordingWriter, read_recording
-from fedsea.wire.framing import decode_event, encode_event
-from fedsea.wire.limits import DEFAULT_LIMITS
-from fedsea.wire.messages import Open, Role
 
 IDS = (1, 7, 30, 42, 8, 15)
 
@@ -48,11 +43,21 @@ def test_an_incomplete_recording_is_refused(tiny_model, messages):
         replay(messages[1:], Checkpoint.open(tiny_model))
 
 
-def test_a_recording_with_a_projection_is_refused(tiny_model, messages):
-    """Narrow rows need the projection."""
-    opened = decode_event(messages[0].data, Role.CLIENT, DEFAULT_LIMITS)
-    assert messages[0].direction is Direction.UP
-    assert isinstance(opened, Open)
-    narrow = encode_event(replace(opened, projection="a" * 64, up_width=48), DEFAULT_LIMITS)
-    with pytest.raises(ConfigError, match="projection"):
-        replay([replace(messages[0], data=narrow), *messages[1:]], Checkpoint.open(tiny_model))
+def test_narrow_rows_are_read_with_their_projection(tiny_model, narrowing):
+    """The attacker computes what the client's encoder would have made of each token."""
+    file = narrowing(16)
+    with Victim(tiny_model, Partition(1, 1), projection=file) as victim:
+        sent = victim.read(IDS).messages
+    checkpoint, pair = Checkpoint.open(tiny_model), Projection.load(file)
+    (found,) = replay(sent, checkpoint, public_prefix=(1,), projection=pair)
+    assert found.texts == (IDS,)
+    with pytest.raises(ConfigError, match=pair.fingerprint()[:12]):
+        replay(sent, checkpoint)
+    with pytest.raises(FingerprintMismatch, match="projection"):
+        replay(sent, checkpoint, projection=Projection.load(narrowing(16, seed=1)))
+
+
+def test_a_projection_that_was_not_used_is_refused(tiny_model, messages, narrowing):
+    """Rows of the model's own width are not narrow ones."""
+    with pytest.raises(ConfigError, match="without a projection"):
+        replay(messages, Checkpoint.open(tiny_model), projection=Projection.load(narrowing(48)))

@@ -7,23 +7,38 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedsea.errors import ConfigError, PartitionError
+from fedsea.errors import ConfigError, FingerprintMismatch, PartitionError
 from fedsea.evaluation.suite import Plan, evaluate, public_rows
 from fedsea.evaluation.texts import Texts
 from fedsea.evaluation.verdict import floor
 from fedsea.evaluation.victim import Victim
+from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.partition import Partition
+from fedsea.model.projection import Projection
+from fedsea.privacy.denoiser import Denoiser, Purpose, Shape
 from fedsea.privacy.registry import mechanism_from_spec
 from fedsea.redteam.knowledge import Level
 
 BOS = 1
 
 
-def mechanism(spec):
+def mechanism(spec, width=48):
     """A mechanism for rows of the tiny model."""
-    made = mechanism_from_spec(spec, width=48)
+    made = mechanism_from_spec(spec, width=width)
     assert made is not None
     return made
+
+
+def saved_denoiser(folder, model, spec, projection=None, noise=48):
+    """The file of a denoiser that moves every answer the same way, for one mechanism."""
+    named = "" if projection is None else Projection.load(projection).fingerprint()
+    purpose = Purpose(Checkpoint.open(model).fingerprint(), 1, 0, mechanism(spec).spec(), named)
+    denoiser = Denoiser(Shape(48, noise, inner=8, layers=1, heads=2, window=4), purpose)
+    with torch.no_grad():
+        denoiser.direct.bias += torch.randn(48, generator=torch.Generator().manual_seed(3))
+    file = folder / "denoiser"
+    denoiser.save(file)
+    return file
 
 
 def random_texts(count, length, seed):
@@ -159,3 +174,84 @@ def test_what_cannot_run_is_refused_before_anything_runs(plan):
     assert other is not None
     with pytest.raises(ConfigError, match="7"):
         evaluate(replace(plan, mechanisms=(other,)))
+
+
+def test_a_projection_stands_at_the_cut_alone_first(plan, narrowing):
+    """Clean rows, then narrow ones that R1 still reads, then the mechanism behind the projection."""
+    counts = mechanism("stochastic-quantization:bits=8,clip=4,mu=2000", width=16)
+    file = narrowing(16)
+    rows = evaluate(
+        replace(plan, projection=file, mechanisms=(counts,), attacks=("nn", "r1", "r2"))
+    )
+    assert [(row.mechanism, row.width) for row in rows] == [
+        *[("plain", None)] * 4, *[("plain", 16)] * 3, *[("stochastic-quantization", 16)] * 3,
+    ]  # fmt: skip
+    named = Projection.load(file).fingerprint()
+    assert {row.projection for row in rows} == {"", named}
+    alone = next(row for row in rows if row.width and row.attack == "r1")
+    assert alone.recovery == 1  # sixteen numbers tell the tokens of this vocabulary apart
+    assert not alone.is_clean
+    assert "not private" in alone.guarantee
+    assert alone.mu is None
+    assert 0 < alone.noise < 1  # what an orthonormal projection leaves out
+    assert alone.utility.agreement < 1
+    assert all(row.clean_utility == rows[0].utility for row in rows)
+    assert rows[-1].mu is not None
+
+
+def test_what_a_projection_leaves_out_does_not_fail_the_floor(plan, narrowing):
+    """One number does not hold a token: R1 misses some, and the attacks are not to blame."""
+    rows = evaluate(replace(plan, projection=narrowing(1)))
+    assert rows[-1].attack == "r1"
+    assert rows[-1].width == 1
+    assert rows[-1].clean == 1
+    assert not floor(rows)
+
+
+def test_a_denoiser_changes_the_use_and_nothing_for_the_attacker(plan, tiny_model, tmp_path):
+    """It restores under its own mechanism; what was sent is as it was."""
+    weak, other = "fedsea:scale=1e-06", "fedsea:scale=2e-06"
+    found = replace(
+        plan,
+        mechanisms=(mechanism(weak), mechanism(other)),
+        denoiser=saved_denoiser(tmp_path, tiny_model, weak),
+    )
+    rows = [row for row in evaluate(found) if row.attack == "r1" and not row.is_clean]
+    assert [row.denoised for row in rows] == [True, False]
+    assert [row.recovery for row in rows] == [1, 1]
+    assert rows[0].utility.perplexity != pytest.approx(rows[0].clean_utility.perplexity, rel=0.01)
+    assert rows[1].utility.perplexity == pytest.approx(rows[1].clean_utility.perplexity, rel=0.01)
+
+
+def test_a_denoiser_works_behind_a_projection(plan, tiny_model, tmp_path, narrowing):
+    """Both stand at the cut of one client, each named in the row."""
+    spec, file = "fedsea:scale=0.001", narrowing(16)
+    denoiser = saved_denoiser(tmp_path, tiny_model, spec, file, noise=16)
+    rows = evaluate(
+        replace(plan, mechanisms=(mechanism(spec),), projection=file, denoiser=denoiser)
+    )
+    assert rows[-1].protection == "fedsea, width 16, denoised"
+
+
+def test_public_rows_are_narrow_behind_a_projection(plan, narrowing):
+    """A sweep behind a projection is calibrated on what is protected there."""
+    rows = public_rows(replace(plan, projection=narrowing(16)))
+    assert [tuple(found.shape) for found in rows] == [(9, 16)] * 3
+
+
+def test_parts_for_something_else_are_refused(plan, tiny_model, other_model, narrowing, tmp_path):
+    """Another cut or checkpoint, half a pair, and a denoiser whose mechanism is not attacked."""
+    with pytest.raises(ConfigError, match="bottom=1"):
+        evaluate(replace(plan, projection=narrowing(16, bottom=0)))
+    with pytest.raises(FingerprintMismatch):
+        evaluate(replace(plan, model=other_model, projection=narrowing(16)))
+    half = tmp_path / "half"
+    Projection.load(narrowing(16)).for_client().save(half)
+    with pytest.raises(ConfigError, match="whole pair"):
+        evaluate(replace(plan, projection=half))
+    weak = mechanism("fedsea:scale=0.1")
+    denoiser = saved_denoiser(tmp_path, tiny_model, weak.spec())
+    with pytest.raises(ConfigError, match="not attacked here"):
+        evaluate(replace(plan, denoiser=denoiser))
+    with pytest.raises(ConfigError, match="top"):
+        evaluate(replace(plan, partition=Partition(1, 1), denoiser=denoiser, mechanisms=(weak,)))

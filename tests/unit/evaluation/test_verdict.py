@@ -90,3 +90,22 @@ def test_mechanisms_say_what_a_sweep_found(make_row):
     assert "held against these attacks at a:1" in verdicts[1].sentence
     assert "falls to a guess at b:1" in verdicts[2].sentence
     assert "not protective at any setting" in verdicts[3].sentence
+
+
+def test_the_floor_is_about_the_channel_without_a_projection(make_row):
+    """What a narrow projection leaves out cannot be read: that is no fault of the attack."""
+    assert not floor([make_row(recovery=0.4, width=8, projection="a" * 64)])
+
+
+def test_rows_with_and_without_a_projection_have_verdicts_of_their_own(make_row):
+    """The same mechanism behind a projection is another setting, and the sentence says the width."""
+    behind = {"width": 16, "projection": "a" * 64}
+    rows = [make_row(), make_row(**behind), fedsea(make_row, 1), fedsea(make_row, 1, **behind)]
+    assert len(settings(rows)) == 4
+    found = mechanisms(rows)
+    assert [verdict.name for verdict in found] == ["plain", "plain", "fedsea", "fedsea"]
+    assert ["narrowed to 16" in verdict.sentence for verdict in found] == [False, True] * 2
+    assert "splitting alone hides nothing" in found[0].sentence
+    assert "this alone is no protection" in found[1].sentence
+    (published,) = fedsea_scale([fedsea(make_row, 0.1, **behind)])
+    assert "narrowed to 16" in published.sentence

@@ -9,10 +9,12 @@ from transformers import AutoModelForCausalLM
 from fedsea.errors import PartitionError
 from fedsea.evaluation.victim import Victim, load_trunk
 from fedsea.model.partition import Partition
+from fedsea.model.projection import Projection
+from fedsea.redteam.view import ServerView
 from fedsea.transport.recording import Direction
 from fedsea.wire.framing import decode_event
 from fedsea.wire.limits import DEFAULT_LIMITS
-from fedsea.wire.messages import Append, Role
+from fedsea.wire.messages import Append, Open, Role
 
 IDS = tuple(range(5, 45))
 
@@ -60,3 +62,26 @@ def test_a_partition_that_does_not_fit_is_refused(tiny_model, trunk):
     """A cut without a trunk ends in the library's own error."""
     with pytest.raises(PartitionError):
         Victim(tiny_model, Partition(9, 9), trunk)
+
+
+def test_a_projection_that_loses_nothing_changes_nothing(tiny_model, narrowing):
+    """Turned rows that the server turns back are the model's own, and the wire names the pair."""
+    pair = narrowing(48)
+    with Victim(tiny_model, Partition(1, 1)) as plain:
+        expected = plain.read(IDS).logits
+    with Victim(tiny_model, Partition(1, 1), projection=pair) as victim:
+        seen = victim.read(IDS)
+    assert torch.allclose(seen.logits, expected, atol=1e-4)
+    opened = decode_event(seen.messages[0].data, Role.CLIENT, DEFAULT_LIMITS)
+    assert isinstance(opened, Open)
+    assert opened.projection == Projection.load(pair).fingerprint()
+
+
+def test_a_projection_alone_narrows_what_is_sent(tiny_model, narrowing):
+    """Without a mechanism the rows on the wire are the encoder's own output."""
+    pair = narrowing(8)
+    with Victim(tiny_model, Partition(1, 1)) as plain:
+        (chain,) = ServerView(plain.read(IDS).messages, 48).chains()
+    with Victim(tiny_model, Partition(1, 1), projection=pair) as victim:
+        (narrow,) = ServerView(victim.read(IDS).messages, 48).chains()
+    assert torch.allclose(narrow.means(), Projection.load(pair).encode(chain.means()), atol=1e-5)

@@ -40,3 +40,17 @@ def test_what_an_attacker_does_not_have_is_said(knowledge_of):
         box.weights()
     with pytest.raises(ConfigError):
         _ = box.language_model
+
+
+def test_an_attacker_before_a_projection_shares_what_it_has(knowledge_of):
+    """Weights and language model are not loaded again for the same client behind a projection."""
+    encoder = torch.randn(8, 48)
+    pair = Projection.of(encoder, encoder.T.clone(), 1, "0" * 64)
+    knowledge = knowledge_of(1)
+    model = knowledge.language_model
+    behind = knowledge.behind(pair)
+
+    assert knowledge.projection is None
+    assert behind.projection is pair
+    assert behind.bottom is knowledge.bottom
+    assert behind.language_model is model

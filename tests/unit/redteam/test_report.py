@@ -15,6 +15,7 @@ from fedsea.redteam.report import (
     Rate,
     Row,
     Utility,
+    distinct,
     dump,
     markdown,
     parse,
@@ -110,3 +111,33 @@ def test_numbers_for_people():
         "–",
     ]
     assert [perplexity_text(v) for v in (4.5678, 12345.6, math.inf)] == ["4.57", "12,346", "–"]
+
+
+def test_what_stands_beside_a_mechanism_is_named():
+    """A row says the width behind a projection and which one it is, and whether answers are denoised."""
+    beside = row(width=16, projection="ab12" * 16, denoised=True)
+    assert beside.protection == "fedsea, width 16, denoised"
+    assert beside.setting == "fedsea:scale=0.02, projection ab12ab12 to width 16, denoised"
+    assert beside.setting in markdown([beside])
+    assert parse(dump([beside])) == [beside]
+    assert row().setting == "fedsea:scale=0.02"
+
+
+def test_a_projection_alone_is_not_the_clean_channel():
+    """Only rows that leave as they are count as unprotected."""
+    assert row(mechanism="plain", parameters="plain").is_clean
+    assert not row(mechanism="plain", parameters="plain", width=16).is_clean
+
+
+def test_reports_from_before_projections_are_read():
+    """Rows without the newer fields are rows without a projection."""
+    old = row().to_json()
+    for name in ("width", "projection", "denoised"):
+        del old[name]
+    assert Row.from_json(old) == row()
+
+
+def test_a_row_that_says_the_same_again_is_shown_once():
+    """Two runs measure the clean channel twice; only what differs in more than time is kept."""
+    slower, other = row(seconds=9.0), row(recovery=0.5)
+    assert distinct([row(), slower, other]) == [row(), other]
