@@ -33,6 +33,19 @@ def plain_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
 
 
+def trained(tmp_path):
+    """The file of a projection of the demo model, trained for an instant through the command."""
+    text, out = tmp_path / "public.txt", tmp_path / "narrow.safetensors"
+    text.write_text("\n\n".join(PROMPTS) * 40, encoding="utf-8")
+    short = ("--steps", "2", "--batch", "2", "--window", "32", "--width", "24", "--threads", "1")
+    files = ("--text", str(text), "--out", str(out))
+    made = CliRunner().invoke(
+        app, ["privacy", "train-projection", str(model_path()), *files, *short]
+    )
+    assert made.exit_code == 0, made.output
+    return out
+
+
 def run(tmp_path, *options):
     """Attack two short texts behind one block of the demo model."""
     text = tmp_path / "notes.txt"
@@ -103,3 +116,51 @@ def test_real_traffic_is_read_from_a_recording(tmp_path):
     read = CliRunner().invoke(app, ["redteam", "--recording", str(recording)])
     assert read.exit_code == 0, read.output
     assert PROMPTS[1] in read.stdout
+
+
+def test_a_trained_projection_is_attacked_as_it_is_used(tmp_path):
+    """Clean, narrowed and protected rows stand apart; R1 reads what the narrow rows still tell."""
+    json_file, md = tmp_path / "report.json", tmp_path / "report.md"
+    pair = trained(tmp_path)
+    result = run(
+        tmp_path, "--attacks", "r1", "--mechanism", "fedsea:scale=1e-05", "--projection", str(pair),
+        "--json", str(json_file), "--markdown", str(md),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = [row for row in parse(json_file.read_text(encoding="utf-8")) if row.attack == "r1"]
+    assert [(row.mechanism, row.width) for row in rows] == [
+        ("plain", None), ("plain", 24), ("fedsea", 24),
+    ]  # fmt: skip
+    assert [row.recovery for row in rows] == [1, 1, 1]
+    assert rows[1].noise > 0
+    page = md.read_text(encoding="utf-8")
+    assert "to width 24" in page
+    assert "steps 2" in page
+
+
+def test_narrow_traffic_is_read_from_a_recording_with_its_projection(tmp_path):
+    """What a client sent behind a projection over gRPC is read back by who has the pair only."""
+    pair, recording = trained(tmp_path), tmp_path / "recording"
+    serve = [
+        str(model_path()), "--plaintext", "--address", "127.0.0.1:0", "--threads", "1",
+        "--projection", str(pair),
+    ]  # fmt: skip
+    mechanism = ("--mechanism", "fedsea:scale=1e-05")
+    with TrunkProcess(serve, tmp_path / "log") as server:
+        options = ("--server", server.address(), "--plaintext", "--max-new-tokens", "2")
+        sent = CliRunner().invoke(
+            app,
+            [
+                "generate", str(model_path()), PROMPTS[1], *options, *mechanism,
+                "--projection", str(pair), "--ledger", str(tmp_path / "ledger"),
+                "--recording", str(recording),
+            ],
+        )  # fmt: skip
+        assert sent.exit_code == 0, sent.output
+    attack = ("redteam", "--recording", str(recording), *mechanism)
+    read = CliRunner().invoke(app, [*attack, "--projection", str(pair)])
+    assert read.exit_code == 0, read.output
+    assert PROMPTS[1] in read.stdout
+    refused = CliRunner().invoke(app, attack)
+    assert refused.exit_code == 2
+    assert "made with the projection" in refused.stderr

@@ -49,7 +49,7 @@ def file_of_pair(tiny_model, tmp_path):
         chance = torch.Generator().manual_seed(seed)
         turn = torch.linalg.qr(torch.randn(48, 48, generator=chance)).Q[:width]
         fingerprint = Checkpoint.open(tiny_model).fingerprint()
-        file = tmp_path / f"narrow-{width}-{bottom}-{seed}"
+        file: Path = tmp_path / f"narrow-{width}-{bottom}-{seed}"
         Projection.of(turn, turn.T.clone(), bottom, fingerprint).save(file)
         return file
 

@@ -35,7 +35,7 @@ def saved_denoiser(folder, model, spec, projection=None, noise=48):
     purpose = Purpose(Checkpoint.open(model).fingerprint(), 1, 0, mechanism(spec).spec(), named)
     denoiser = Denoiser(Shape(48, noise, inner=8, layers=1, heads=2, window=4), purpose)
     with torch.no_grad():
-        denoiser.direct.bias += torch.randn(48, generator=torch.Generator().manual_seed(3))
+        denoiser.direct.bias.add_(torch.randn(48, generator=torch.Generator().manual_seed(3)))
     file = folder / "denoiser"
     denoiser.save(file)
     return file
