@@ -167,6 +167,29 @@ def learned() -> str:
     return _table(head, *rows)
 
 
+def narrowed() -> str:
+    """Attacks on DEL's counts, with rows as they are and behind projections."""
+    rows = []
+    for setting in settings(parse(_newest("*-redteam-del.json").read_text(encoding="utf-8"))):
+        one = setting.strongest
+        given = dict(
+            pair.split("=") for pair in one.parameters.partition(":")[2].split(",") if pair
+        )
+        rows.append(
+            (
+                "whole" if one.width is None else str(one.width),
+                given.get("mu", "none"),
+                f"{one.noise:.2f}",
+                perplexity_text(one.utility.perplexity),
+                percent(one.utility.agreement),
+                percent(one.prior),
+                *_recoveries(setting),
+            )
+        )
+    head = ("numbers in a row", "mu", "noise / rows", "perplexity", "agreement", "a guess")
+    return _table((*head, *(name for name in _ATTACKS)), *rows)
+
+
 def projection() -> str:
     """What is left of a model behind trained projections, without noise and with counts."""
     path = _newest("*-projection.md")
@@ -220,6 +243,7 @@ TABLES: Final[dict[str, Callable[[], str]]] = {
     "clean-channel": clean_channel,
     "sweep": sweep,
     "learned": learned,
+    "narrowed": narrowed,
     "projection": projection,
     "denoiser": denoiser,
     "audit": audit,

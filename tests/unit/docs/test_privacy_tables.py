@@ -39,3 +39,13 @@ def test_what_is_said_about_the_sweep_is_true() -> None:
     rows = parse(max(RESULTS.glob("*-redteam.json")).read_text(encoding="utf-8"))
 
     assert Standing.HOLDS not in {setting.standing for setting in settings(rows)}
+
+
+def test_what_is_said_about_projections_is_true() -> None:
+    """A projection alone hides nothing from R1, and no setting behind one kept both text and use."""
+    rows = parse(max(RESULTS.glob("*-redteam-del.json")).read_text(encoding="utf-8"))
+    alone = [row for row in rows if row.mechanism == "plain" and row.width and row.attack == "r1"]
+
+    assert alone
+    assert all(row.recovery == 1 for row in alone)
+    assert Standing.HOLDS not in {setting.standing for setting in settings(rows)}
