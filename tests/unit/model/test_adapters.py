@@ -44,7 +44,7 @@ def whole_with_adapter(folder, seed: int, **options):
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
-                parameter.normal_(std=0.2)
+                parameter.normal_(std=0.1)
     return adapted.eval()
 
 
@@ -141,7 +141,7 @@ def trunk_and_adapters(folder):
         adapter = Adapter.fresh(LoraConfig(rank=rank), trunk.span, trunk.linears(), generator)
         with torch.no_grad():
             for parameter in adapter.parameters():
-                parameter.normal_(std=0.3, generator=generator)
+                parameter.normal_(std=0.1, generator=generator)
         trunk.accept(adapter)
         adapters.append(adapter)
     return trunk, adapters
@@ -216,7 +216,7 @@ def test_dropout_only_in_training(folder):
     adapter = Adapter.fresh(LoraConfig(dropout=0.5), trunk.span, trunk.linears(), generator)
     with torch.no_grad():
         for parameter in adapter.parameters():
-            parameter.normal_(std=0.3, generator=generator)
+            parameter.normal_(std=0.1, generator=generator)
     trunk.accept(adapter)
     rows = torch.randn(4, trunk.blocks.config.hidden_size)
     batch = RaggedBatch.whole([4], CPU, (AdaptedRows(0, 4, adapter),))
