@@ -183,7 +183,7 @@ def test_generate_says_what_noise_costs(provider, model, tmp_path):
     assert found["privacy"]["releases"] == found["privacy"]["mu"] ** 2 / 100**2
     exit_code, message = failure(fedsea(*arguments, "--max-new-tokens", 300, "--json"))
     assert exit_code == 8
-    assert "do not fit into the budget epsilon 300000" in message
+    assert "not fit into the budget epsilon 300000" in message
 
 
 def test_options_of_privacy_that_do_not_fit(provider, model, tmp_path):

@@ -100,13 +100,16 @@ def read_prompt(argument: str | None) -> str:
     """The prompt from the command line or from standard input.
 
     Raises:
-        RequestError: there is none.
+        RequestError: there is none, or it is no text.
     """
     if argument is not None:
         return argument
     if sys.stdin.isatty():
         raise RequestError("there is no prompt: give PROMPT, or pipe text in")
-    text = sys.stdin.read().removesuffix("\n")
+    try:
+        text = sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError:
+        raise RequestError("standard input is not UTF-8 text; convert it, then ask again") from None
     if not text:
         raise RequestError("standard input is empty: give a prompt")
     return text

@@ -278,8 +278,11 @@ class LLM:
         """Token ids of a prompt; ids are taken as they are.
 
         Raises:
-            RequestError: the prompt is empty, or an id is not in the model's vocabulary.
+            RequestError: the prompt is empty or not valid Unicode, or an id is not in the model's
+                vocabulary.
         """
+        if isinstance(prompt, str):
+            check_unicode(prompt)
         ids = self._tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
         if not ids:
             raise RequestError("the prompt is empty; give at least one token")
@@ -303,8 +306,10 @@ class LLM:
         """Token ids of a conversation in the model's chat template, ready for the answer.
 
         Raises:
-            RequestError: the tokenizer has no chat template.
+            RequestError: the tokenizer has no chat template, or a message is not valid Unicode.
         """
+        for message in messages:
+            check_unicode(message.get("content", ""))
         if not self._tokenizer.chat_template:
             raise RequestError(
                 "this model's tokenizer has no chat template; use generate with plain prompts"
@@ -567,6 +572,18 @@ async def _first_description(
 async def _close_all(endpoints: Sequence[Endpoint]) -> None:
     for endpoint in endpoints:
         await endpoint.close()
+
+
+def check_unicode(text: str) -> None:
+    """Refuse what no tokenizer takes: text that was read from bytes of another encoding.
+
+    Raises:
+        RequestError: the text has lone surrogates.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RequestError("the text is not valid UTF-8; convert it, then ask again") from None
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

@@ -23,7 +23,7 @@ from fedsea.client.generation import (
     counts_of,
     restorer_of,
 )
-from fedsea.client.llm import LLM, Message, streamed, substituted
+from fedsea.client.llm import LLM, Message, check_unicode, streamed, substituted
 from fedsea.client.remote import Traffic
 from fedsea.client.sampling import FinishReason, Sampler, SamplingParams
 from fedsea.client.split import Progress, SplitSession
@@ -239,6 +239,7 @@ class Session:
         prompt = substituted(prompt, self._substitution)
         if not isinstance(prompt, str):
             return list(self._llm.checked(prompt))
+        check_unicode(prompt)
         special = not self._ids
         ids: list[int] = self._llm.tokenizer(prompt, add_special_tokens=special).input_ids
         return ids

@@ -327,9 +327,9 @@ class Account:
             return min(room, most)
         total = Statement("", self.unit, "", budget, tuple(c for _, c in charges)).spending()
         raise BudgetExceeded(
-            f"{least} more releases do not fit into the budget {budget}: spent is epsilon "
+            f"{_more(least)} not fit into the budget {budget}: spent is epsilon "
             f"{total.epsilon(budget.delta):.4g} at delta {budget.delta:g} (mu {total.mu():.4g}), "
-            f"{room} more fit, nothing was sent; raise it with `fedsea privacy budget`, or see "
+            f"{room} more fit, so nothing more was sent; raise it with `fedsea privacy budget`, or see "
             "`fedsea privacy plan` for more noise"
         )
 
@@ -434,6 +434,10 @@ class Reservation:
             self._settled = True
             self.used = sent
             self._account._settle(self._row, self.releases - sent)
+
+
+def _more(releases: int) -> str:
+    return "1 more release does" if releases == 1 else f"{releases} more releases do"
 
 
 def _checked(tenant: str, unit: Unit, record: str | None) -> str:

@@ -166,7 +166,7 @@ def _credentials(section: SecuritySection) -> ServerTLS | Plaintext:
     if section.ca is None or section.certificate is None or section.key is None:
         raise ConfigError(
             "security names no certificates; make some with `fedsea certs init` and "
-            "`fedsea certs server`, or set security.plaintext on a loopback address"
+            "`fedsea certs server` and give --certs, or set security.plaintext on a loopback address"
         )
     return ServerTLS(section.ca, section.certificate, section.key)
 

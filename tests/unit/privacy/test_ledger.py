@@ -99,7 +99,8 @@ def test_a_budget_is_met_exactly(ledger):
         account.reserve(1)
 
     assert "budget mu 10" in str(refused.value)
-    assert "0 more fit, nothing was sent" in str(refused.value)
+    assert "1 more release does not fit" in str(refused.value)
+    assert "0 more fit, so nothing more was sent" in str(refused.value)
     assert "fedsea privacy" in str(refused.value)
     assert account.statement().releases == 100
 
