@@ -6,6 +6,7 @@ import os
 
 SPIN_VARIABLE = "GOMP_SPINCOUNT"
 SHORT_SPIN = "2000"
+INTERRUPTED = 130
 
 
 def main() -> None:
@@ -16,6 +17,9 @@ def main() -> None:
     is read when torch is imported, so it is set first.
     """
     os.environ.setdefault(SPIN_VARIABLE, SHORT_SPIN)
-    from fedsea.cli.app import app
+    try:
+        from fedsea.cli.app import app
 
-    app(prog_name="fedsea")
+        app(prog_name="fedsea")
+    except KeyboardInterrupt:  # before or after the command itself, which handles its own
+        raise SystemExit(INTERRUPTED) from None

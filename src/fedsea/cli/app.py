@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from fedsea.cli import (
+    INTERRUPTED,
     adapter,
     bench,
     certs,
@@ -27,7 +28,6 @@ from fedsea.cli import (
 )
 from fedsea.errors import FedseaError
 
-INTERRUPTED = 130
 SHOWN_VERSIONS = ("fedsea", "torch", "transformers", "grpcio", "protobuf")
 
 _EPILOG = "Begin with `fedsea demo`. Each command has its own --help."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from difflib import get_close_matches
 
 from torch import Tensor
 
@@ -37,7 +38,9 @@ class _Options:
     def number(self, key: str) -> float:
         value = self.optional(key)
         if value is None:
-            raise ConfigError(f"mechanism {self._name} needs {key}=NUMBER")
+            near = get_close_matches(key, self._pairs, n=1)
+            hint = f"; {near[0]} is not known" if near else ""
+            raise ConfigError(f"mechanism {self._name} needs {key}=NUMBER{hint}")
         return value
 
     def optional(self, key: str) -> float | None:

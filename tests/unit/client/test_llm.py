@@ -13,7 +13,7 @@ import torch
 from tests.conftest import memory_config
 from tests.tiny_models import save_tiny
 
-from fedsea.client.llm import LLM
+from fedsea.client.llm import LLM, check_unicode
 from fedsea.client.remote import Patience
 from fedsea.client.sampling import FinishReason, SamplingParams, derive_seed
 from fedsea.errors import (
@@ -474,3 +474,15 @@ def test_default_threads_are_left_alone(split):
     threads = torch.get_num_threads()
     split.llm.generate(PROMPT, max_new_tokens=2)
     assert torch.get_num_threads() == threads
+
+
+def test_text_of_another_encoding_is_refused():
+    """Bytes of Latin-1 that were read as UTF-8 leave lone surrogates, which no tokenizer takes."""
+    with pytest.raises(RequestError, match="not valid UTF-8"):
+        check_unicode(b"caf\xe9".decode("utf-8", "surrogateescape"))
+
+
+def test_any_other_text_is_taken():
+    """Letters, signs outside of the basic plane and nothing at all are text."""
+    check_unicode("caf\xe9 \U0001f600")
+    check_unicode("")

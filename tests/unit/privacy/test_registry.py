@@ -67,6 +67,7 @@ def test_a_centre_must_be_the_one_that_is_named():
         ("laplace:scale=1", "no mechanism 'laplace'"),
         ("plain:mu=1", "no mechanism 'plain'"),
         ("gaussian", "needs clip_norm"),
+        ("gaussian:clip_nrm=1,mu=1", "needs clip_norm=NUMBER; clip_nrm is not known"),
         ("gaussian:clip_norm=1", "either mu"),
         ("gaussian:clip_norm=1,mu=2,epsilon=3,delta=1e-5", "either mu"),
         ("gaussian:clip_norm=1,epsilon=3", "either mu"),
