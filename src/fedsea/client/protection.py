@@ -170,6 +170,11 @@ class Protection:
         if isinstance(self.mechanism, str):
             center = None if calibration is None else calibration.mean
             chosen = mechanism_from_spec(self.mechanism, center, width)
+        elif calibration is not None:
+            raise ConfigError(
+                "a calibration is the centre of a mechanism that is given by its spec; "
+                "give this mechanism its own center, and no calibration"
+            )
         else:
             chosen = self.mechanism
         if chosen is None:

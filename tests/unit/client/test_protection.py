@@ -31,6 +31,7 @@ from fedsea.model.projection import Projection
 from fedsea.privacy.accounts import Budget
 from fedsea.privacy.calibration import Calibration
 from fedsea.privacy.denoiser import Denoiser, Purpose, Shape
+from fedsea.privacy.gaussian import Gaussian
 from fedsea.privacy.gaussian_loss import GaussianLoss
 from fedsea.privacy.mechanism import Unit
 from fedsea.privacy.noise import NoiseSource
@@ -629,6 +630,8 @@ def test_a_centre_comes_from_public_statistics(connect, tiny_model):
     split.llm.generate(PROMPT, max_new_tokens=2)
     with pytest.raises(ConfigError, match="bottom=2"):
         connect(calibration=Calibration.of(public, 2, fingerprint))
+    with pytest.raises(ConfigError, match="centre of a mechanism that is given by its spec"):
+        connect(Gaussian(10.0, 1.0), calibration=fits)
 
 
 def test_modes_in_words(connect, make_split):
