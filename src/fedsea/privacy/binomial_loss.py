@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special, stats
+from scipy import special
 
 from fedsea.errors import ConfigError
 from fedsea.privacy.dominance import dominating_mu
@@ -89,6 +89,8 @@ class BinomialLoss(PrivacyLoss):
         The middle is a reference for every input: all are within the pair (1/2, q).
         """
         check_prior(prior)
+        from scipy import stats  # 25 MB, which a client without a mechanism need not pay
+
         threshold = int(stats.binom.isf(prior, self.trials, 0.5))
         beyond = float(stats.binom.sf(threshold, self.trials, 0.5))
         power = float(stats.binom.sf(threshold, self.trials, self.probability))
