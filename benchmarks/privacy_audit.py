@@ -22,7 +22,7 @@ import scipy
 import torch
 from tests.broken_mechanisms import Case, cases
 
-from fedsea.evaluation.channel import format_of, wire_channel
+from fedsea.client.channel import format_of, wire_channel
 from fedsea.privacy.audit import Audit, audit
 from fedsea.privacy.gaussian import FedSEAGaussian, Gaussian
 from fedsea.privacy.mechanism import Mechanism

@@ -123,7 +123,7 @@ def audit(
 
 
 def _audited(spec: str, width: int, codec: str, samples: int, confidence: float) -> Audit:
-    from fedsea.evaluation.channel import format_of, wire_channel
+    from fedsea.client.channel import format_of, wire_channel
     from fedsea.privacy.audit import audit as run
     from fedsea.privacy.noise import NoiseSource
     from fedsea.privacy.registry import mechanism_from_spec
@@ -179,7 +179,7 @@ def _label(made: Plan) -> str:
 
 
 def _row_bytes(made: Plan, load: Load) -> int:
-    from fedsea.evaluation.channel import format_of
+    from fedsea.client.channel import format_of
 
     return format_of(made.mechanism, load.width).row_bytes
 

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fedsea.client.channel import format_of
 from fedsea.errors import ConfigError
 from fedsea.model.projection import Projection
 from fedsea.privacy.accounts import DEFAULT_DELTA, Budget, Statement
@@ -140,7 +141,7 @@ class Protection:
             loss=mechanism.loss(),
             account=account,
             ledger=ledger,
-            rows=_row_format(mechanism, codec, width),
+            rows=format_of(mechanism, width, codec),
             public=public,
             projection=projection,
             denoiser=denoiser,
@@ -361,12 +362,6 @@ def account_line(statement: Statement, delta: float) -> str:
         spent = f"epsilon {spending.epsilon(delta):.4g} at delta {delta:g}"
     budget = "no budget" if statement.budget is None else f"budget {statement.budget}"
     return f"spent {statement.releases} releases, {spent}; {budget}"
-
-
-def _row_format(mechanism: Mechanism, codec: Codec, width: int) -> RowFormat:
-    if mechanism.levels:
-        return RowFormat(Codec.COUNTS, width, mechanism.levels, mechanism.scale)
-    return RowFormat(codec, width)
 
 
 def _loaded(kind: type[_Loaded], given: _Loaded | str | Path | None) -> _Loaded | None:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fedsea.client.channel import format_of, wire_channel
 from fedsea.errors import LocalProtocolError
-from fedsea.evaluation.channel import format_of, wire_channel
 from fedsea.privacy.gaussian import Gaussian
 from fedsea.privacy.noise import NoiseSource
 from fedsea.privacy.quantization import StochasticQuantization
