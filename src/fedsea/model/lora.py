@@ -149,11 +149,6 @@ class Adapter(nn.Module):
         """Note that the factors have other values now."""
         self.version += 1
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the factors."""
-        return sum(parameter.nbytes for parameter in self.parameters())
-
 
 @dataclass(frozen=True, slots=True)
 class AdaptedRows:
