@@ -27,6 +27,10 @@
     |   +-- UnsafeRows              activations that no mechanism can protect: NaN or infinity
     |   +-- BudgetExceeded          the ledger has too little left for the release
     |   +-- LedgerError             the ledger is missing, corrupt or cannot be written
+    +-- DataError                   a data set that cannot be read, or examples of another form
+    +-- TrainingError               a training step that cannot be taken; nothing was applied
+    |   +-- NotFinite               a loss or gradient is NaN or infinite
+    |   +-- StaleStep               the two sides, or the members of a group, are at other steps
     +-- Refused                     the server said no for now; carries retry_after
         +-- Capacity                the KV pool or session table is full
         +-- QuotaExceeded           this tenant is over its quota
@@ -210,6 +214,32 @@ class LedgerError(PrivacyError):
     """The ledger is missing, corrupt or cannot be written."""
 
     code = "ledger"
+
+
+class DataError(FedseaError):
+    """A data set that cannot be read, or examples of another form than expected."""
+
+    code = "data"
+    exit_code = 2
+
+
+class TrainingError(FedseaError):
+    """A training step that cannot be taken; nothing of it was applied."""
+
+    code = "training"
+    exit_code = 11
+
+
+class NotFinite(TrainingError):
+    """A loss or a gradient is NaN or infinite."""
+
+    code = "not_finite"
+
+
+class StaleStep(TrainingError):
+    """The two sides of a training, or the members of a group, are at different steps."""
+
+    code = "stale_step"
 
 
 class Refused(FedseaError):
