@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import linear
 
 from fedsea.errors import ConfigError
 from fedsea.model.partition import Span
@@ -37,6 +37,8 @@ class LoraConfig:
         targets: names of the linears, as the blocks call them.
         blocks: numbers of the blocks in the whole model; None for all.
         rslora: rank-stabilized scaling (arXiv 2312.03732).
+        freeze_a: only B is trained, so that the mean of several parties' products B A is the
+            product of the mean (FFA-LoRA, arXiv 2403.12313).
     """
 
     rank: int = 8
@@ -45,6 +47,7 @@ class LoraConfig:
     targets: tuple[str, ...] = TARGETS
     blocks: tuple[int, ...] | None = None
     rslora: bool = False
+    freeze_a: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -110,7 +113,7 @@ class Adapter(nn.Module):
         self.version = 0
         self.factors: dict[Place, Factors] = {}
         for place, (a, b) in sorted(factors.items()):
-            found = Factors(nn.Parameter(a), nn.Parameter(b))
+            found = Factors(nn.Parameter(a, requires_grad=not config.freeze_a), nn.Parameter(b))
             name = f"{place.block}/{place.path}".replace(".", "/")
             self.register_parameter(f"{name}/a", found.a)
             self.register_parameter(f"{name}/b", found.b)
@@ -149,6 +152,25 @@ class Adapter(nn.Module):
         """Note that the factors have other values now."""
         self.version += 1
 
+    @torch.no_grad()
+    def copy_from(self, other: Adapter) -> None:
+        """Take over the values of an adapter of the same places and sizes.
+
+        Raises:
+            ConfigError: it has other places or sizes; nothing was changed.
+        """
+        ours, theirs = dict(self.named_parameters()), dict(other.named_parameters())
+        if {name: one.shape for name, one in ours.items()} != {
+            name: one.shape for name, one in theirs.items()
+        }:
+            raise ConfigError(
+                "the adapters change different linears, or have different ranks; "
+                "use the lora options that the other was made with"
+            )
+        for name, parameter in ours.items():
+            parameter.copy_(theirs[name])
+        self.changed()
+
 
 @dataclass(frozen=True, slots=True)
 class AdaptedRows:
@@ -161,10 +183,14 @@ class AdaptedRows:
 
 @dataclass(slots=True)
 class AdapterContext:
-    """Which rows of the step now running use which adapter; `training` switches dropout on."""
+    """Which rows of the step now running use which adapter; dropout draws from `generator`.
+
+    None means no dropout. A forward that is computed again with a generator of the same state
+    draws the same masks.
+    """
 
     rows: tuple[AdaptedRows, ...] = ()
-    training: bool = False
+    generator: torch.Generator | None = None
 
 
 @dataclass(slots=True)
@@ -197,19 +223,22 @@ class AdaptedLinear(nn.Module):
         if not using:
             return found
         if len(using) == 1 and using[0].end - using[0].start == rows.shape[-2]:
-            return found + self._added(rows, using[0].adapter, context.training)
+            return found + self._added(rows, using[0].adapter, context.generator)
         if not torch.is_grad_enabled() and all(used.end - used.start == 1 for used in using):
             return self._mixed(rows, found, using)
         parts = []
         for used in using:
-            added = self._added(rows[..., used.start : used.end, :], used.adapter, context.training)
+            added = self._added(
+                rows[..., used.start : used.end, :], used.adapter, context.generator
+            )
             parts.append((used, added))
         return _placed(found, parts)
 
-    def _added(self, rows: Tensor, adapter: Adapter, training: bool) -> Tensor:
+    def _added(self, rows: Tensor, adapter: Adapter, generator: torch.Generator | None) -> Tensor:
         factors = adapter.factors[self.place]
-        inputs = dropout(rows, adapter.config.dropout) if training else rows
-        inputs = inputs.to(factors.a.dtype)
+        inputs = rows.to(factors.a.dtype)
+        if generator is not None and adapter.config.dropout:
+            inputs = _dropped(inputs, adapter.config.dropout, generator)
         added = linear(linear(inputs, factors.a), factors.b) * adapter.config.scaling
         return added.to(rows.dtype)
 
@@ -217,7 +246,7 @@ class AdaptedLinear(nn.Module):
         """Single rows of many adapters: two batched products instead of two for each adapter."""
         if len({used.adapter.config.rank for used in using}) > 1:
             parts = [
-                (used, self._added(rows[..., used.start : used.end, :], used.adapter, False))
+                (used, self._added(rows[..., used.start : used.end, :], used.adapter, None))
                 for used in using
             ]
             return _placed(found, parts)
@@ -242,6 +271,12 @@ class AdaptedLinear(nn.Module):
             kept = _Table(adapters, versions, a, b, torch.tensor(scaling, device=a.device))
             self._table = kept
         return kept
+
+
+def _dropped(inputs: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Dropout whose mask comes from `generator`: kept numbers are divided by the share kept."""
+    mask = torch.empty_like(inputs).bernoulli_(1 - share, generator=generator)
+    return inputs * mask.div_(1 - share)
 
 
 def _placed(found: Tensor, parts: Sequence[tuple[AdaptedRows, Tensor]]) -> Tensor:

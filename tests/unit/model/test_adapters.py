@@ -226,8 +226,56 @@ def test_dropout_only_in_training(folder):
             return trunk.run(rows, batch)
 
     assert torch.equal(step(), step())
-    trunk.adapters.training = True
+    trunk.adapters.generator = torch.Generator().manual_seed(1)
     assert not torch.equal(step(), step())
+
+
+def test_dropout_masks_follow_from_the_generator(folder):
+    """A forward computed again with a generator of the same seed is the same, bit for bit."""
+    trunk, _ = trunk_and_adapters(folder)
+    adapter = Adapter.fresh(
+        LoraConfig(dropout=0.5), trunk.span, trunk.linears(), torch.Generator().manual_seed(5)
+    )
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.fill_(0.05)
+    trunk.accept(adapter)
+    rows = torch.randn(4, trunk.blocks.config.hidden_size)
+    batch = RaggedBatch.whole([4], CPU, (AdaptedRows(0, 4, adapter),))
+
+    def step(seed):
+        trunk.adapters.generator = torch.Generator().manual_seed(seed)
+        return trunk.run(rows, batch)
+
+    assert torch.equal(step(3), step(3))
+    assert not torch.equal(step(3), step(4))
+
+
+def test_frozen_a_takes_no_gradient(folder):
+    """With `freeze_a` only B is trained."""
+    trunk, _ = trunk_and_adapters(folder)
+    adapter = Adapter.fresh(
+        LoraConfig(freeze_a=True), trunk.span, trunk.linears(), torch.Generator().manual_seed(5)
+    )
+    trunk.accept(adapter)
+    rows = torch.randn(4, trunk.blocks.config.hidden_size)
+    trunk.run(rows, RaggedBatch.whole([4], CPU, (AdaptedRows(0, 4, adapter),))).sum().backward()
+
+    assert all(factors.a.grad is None for factors in adapter.factors.values())
+    assert all(factors.b.grad is not None for factors in adapter.factors.values())
+
+
+def test_values_of_another_adapter_are_taken_over(folder):
+    """`copy_from` copies values and counts as a change; other ranks are refused."""
+    _, (first, second, other_rank) = trunk_and_adapters(folder)
+
+    first.copy_from(second)
+
+    assert first.version == 1
+    for one, two in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, two)
+    with pytest.raises(ConfigError, match="different ranks"):
+        first.copy_from(other_rank)
 
 
 @pytest.mark.parametrize(
