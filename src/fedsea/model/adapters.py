@@ -51,7 +51,7 @@ def read_adapter(folder: Path, span: Span) -> Adapter:
         CheckpointError: a file is missing, unreadable or corrupt.
         ConfigError: the adapter is of a kind that is not understood.
     """
-    described = _described(folder / CONFIG)
+    described = read_description(folder)
     file = folder / TENSORS
     pairs: dict[Place, dict[str, Tensor]] = {}
     targets: set[str] = set()
@@ -101,10 +101,16 @@ def base_model(folder: Path) -> str:
     Raises:
         CheckpointError: its configuration is missing or unreadable.
     """
-    return str(_described(folder / CONFIG).get("base_model_name_or_path") or "")
+    return str(read_description(folder).get("base_model_name_or_path") or "")
 
 
-def _described(file: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> dict[str, Any]:
+    """The configuration of an adapter of any kind, as it stands there.
+
+    Raises:
+        CheckpointError: it is missing or unreadable.
+    """
+    file = folder / CONFIG
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -350,6 +350,13 @@ def _leave_rows_unscaled(blocks: Any) -> None:
         blocks.config.mup_enabled = False
 
 
+def embedding_factor(config: PretrainedConfig) -> float:
+    """What a family multiplies embeddings by in front of the first block, beside its own layer."""
+    if getattr(config, "mup_enabled", False):
+        return float(config.hidden_size**0.5)
+    return float(getattr(config, "embedding_multiplier", 1.0))
+
+
 def _materialize_embedding(blocks: Any) -> nn.Embedding:
     """The family's own embedding layer, off the meta device, its weight still to be set."""
     embedding: nn.Embedding = blocks.own_embedding.pop()
