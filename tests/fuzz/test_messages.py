@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tests.fuzz.judge import LIMITS, OPENS, judge
+from tests.fuzz.judge import LIMITS, OPENS, TRAINING_OPENS, judge
 from tests.unit.wire.strategies import client_events, damaged, server_events
 
 from fedsea.wire.framing import encode_event
-from fedsea.wire.messages import Append, Begin, Close, Opened, Output, Segment, Want
+from fedsea.wire.messages import (
+    Activations,
+    Append,
+    Backward,
+    Begin,
+    Close,
+    Discard,
+    Forward,
+    Gradients,
+    Opened,
+    Output,
+    Reset,
+    Save,
+    Segment,
+    Step,
+    Want,
+)
 
 messages = (client_events | server_events).map(lambda event: encode_event(event, LIMITS))
 near_valid = st.sampled_from(
@@ -23,6 +39,19 @@ near_valid = st.sampled_from(
             Output(0, (Segment(0, 1, 1),), bytes(16)),
             Opened("s"),
             Close(),
+            *TRAINING_OPENS,
+            Forward(3, (1, 2), bytes(18)),
+            Forward(3, (2,), b"\x5a\x01\x5a\x01"),
+            Activations(2, bytes(32)),
+            Activations(2, bytes(16)),
+            Backward(1, bytes(16)),
+            Backward(1, bytes(12)),
+            Gradients(0, bytes(16)),
+            Gradients(0, bytes(10)),
+            Discard(2),
+            Reset(),
+            Step(1, 0.1, 1.0, 2.0),
+            Save(1),
         )
     ]
 )

@@ -36,6 +36,8 @@ _STATUS: dict[type[FedseaError], str] = {
     errors.DeadlineExceeded: "DEADLINE_EXCEEDED",
     errors.SecurityError: "UNAUTHENTICATED",
     errors.PermissionDenied: "PERMISSION_DENIED",
+    errors.TrainingError: "FAILED_PRECONDITION",
+    errors.StaleStep: "ABORTED",
     errors.Refused: "RESOURCE_EXHAUSTED",
     errors.Draining: "UNAVAILABLE",
     errors.SessionLost: "ABORTED",

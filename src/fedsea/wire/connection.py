@@ -58,8 +58,13 @@ class Connection:
 
     @property
     def pending(self) -> int:
-        """Appends that have no Output yet; another Append is allowed below `limits.max_pending`."""
+        """Events without their answer; another of their kind is allowed below the cap."""
         return self._rules.pending
+
+    @property
+    def forwards(self) -> frozenset[int]:
+        """Forwards of a training session that are open: neither Backward nor Discard came."""
+        return self._rules.forwards
 
     def length(self, sequence: int) -> int:
         """Rows of a living sequence, those of unanswered Appends included.

@@ -73,6 +73,7 @@ def encode_description(description: Description) -> bytes:
             max_sequences=description.max_sequences,
             max_pending=description.max_pending,
             projections=description.projections,
+            max_forwards=description.max_forwards,
         ).SerializeToString()
     except (TypeError, ValueError):
         raise LocalProtocolError(
@@ -110,6 +111,7 @@ def decode_description(data: bytes) -> Description:
         max_sequences=message.max_sequences,
         max_pending=message.max_pending,
         projections=tuple(message.projections),
+        max_forwards=message.max_forwards,
         protocol=message.protocol,
     )
     _check(description, RemoteProtocolError)
@@ -120,7 +122,9 @@ def limits_for(description: Description, own: Limits = DEFAULT_LIMITS) -> Limits
     """The caps of a client that talks to this server: of each, the smaller of both sides'."""
     shared = {name: min(getattr(own, name), getattr(description, name)) for name in _CAPS}
     capacity = min(own.max_capacity, description.max_context)
-    return replace(own, max_capacity=capacity, **shared)
+    # A server that trains nothing says 0; the cap is then never reached.
+    forwards = min(own.max_forwards, description.max_forwards or own.max_forwards)
+    return replace(own, max_capacity=capacity, max_forwards=forwards, **shared)
 
 
 def _parse(kind: type[_M], data: bytes) -> _M:

@@ -19,20 +19,33 @@ from fedsea.wire import trunk_pb2 as pb
 from fedsea.wire.codecs import Codec
 from fedsea.wire.limits import Limits
 from fedsea.wire.messages import (
+    Activations,
+    AdamW,
     Append,
+    Backward,
     Begin,
     Close,
+    Discard,
     Drop,
     Event,
     Fork,
+    Forward,
+    Gradients,
+    Lora,
     Notice,
     NoticeKind,
     Open,
     Opened,
+    OpenTraining,
     Output,
+    Reset,
     Role,
     Rollback,
+    Save,
+    Saved,
     Segment,
+    Step,
+    Stepped,
     Want,
 )
 
@@ -44,9 +57,17 @@ MAX_PLAIN_FIELDS: Final = 32
 MAX_SEGMENT_BYTES: Final = 64
 """Bytes of one serialized segment; today's fields take at most 20."""
 
+MAX_OPENING_BYTES: Final = 16 * 2**10
+"""Bytes of a message that holds an OpenTraining, whose lists are repeated fields."""
+
+MAX_COUNT_BYTES: Final = 5
+"""Bytes of one count of a Forward, in a field that holds all of them."""
+
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5  # wire types of protobuf
 _SEGMENTS_FIELD: Final = pb.Append.SEGMENTS_FIELD_NUMBER
+_COUNTS_FIELD: Final = pb.Forward.COUNTS_FIELD_NUMBER
 _MAX_VARINT_BYTES: Final = 10
+_WITH_ROWS: Final = (Append, Output, Forward, Activations, Backward, Gradients)
 
 CODEC_NUMBERS: Final[Mapping[Codec, pb.Codec]] = {
     Codec.FP32: pb.CODEC_FP32,
@@ -75,7 +96,7 @@ def encode_event(event: Event, limits: Limits) -> bytes:
             over `limits.max_message_bytes`.
     """
     try:
-        if isinstance(event, Append | Output):  # before the rows are copied into a message
+        if isinstance(event, _WITH_ROWS):  # before the rows are copied into a message
             _check_size(memoryview(event.rows).nbytes, limits, LocalProtocolError)
         data = _WRITERS[type(event)](event)
     except (TypeError, ValueError, AttributeError, KeyError):
@@ -130,6 +151,10 @@ def _survey(data: bytes, sender: Role, limits: Limits) -> Callable[[bytes], Even
     length, at = _varint(data, at, end)
     if at + length != end:
         raise _malformed("it does not end with its first event; send one event in a message")
+    if reader is _read_open_training and end > MAX_OPENING_BYTES:
+        raise _malformed(f"an OpenTraining takes more than {MAX_OPENING_BYTES} bytes")
+    if reader is _read_forward:
+        return _survey_forward(data, at, end, limits)
     repeated = _SEGMENTS_FIELD if reader in _SEGMENTED else None
     fields_left = MAX_PLAIN_FIELDS if repeated is None else MAX_PLAIN_FIELDS + limits.max_segments
     while at < end:
@@ -138,6 +163,20 @@ def _survey(data: bytes, sender: Role, limits: Limits) -> Callable[[bytes], Even
         fields_left -= 1
         at = _skip_field(data, at, end, repeated)
     return reader
+
+
+def _survey_forward(data: bytes, at: int, end: int, limits: Limits) -> Callable[[bytes], Event]:
+    """A Forward's counts are packed into one field: numbers without tags between them."""
+    most = MAX_COUNT_BYTES * limits.max_segments
+    for _ in range(MAX_PLAIN_FIELDS):
+        if at == end:
+            return _read_forward
+        tag = _varint(data, at, end)[0]
+        after = _skip_field(data, at, end, None)
+        if tag >> 3 == _COUNTS_FIELD and after - at > most + _MAX_VARINT_BYTES:
+            raise _malformed("it has too many counts; send fewer sequences in a message")
+        at = after
+    raise _malformed("it has too many fields; pack the counts into one")
 
 
 def _skip_field(data: bytes, at: int, end: int, repeated: int | None) -> int:
@@ -201,7 +240,9 @@ def _write_open(event: Open) -> bytes:
 
 
 def _write_opened(event: Opened) -> bytes:
-    message = pb.Opened(session_id=event.session_id, idle_timeout_ms=event.idle_timeout_ms)
+    message = pb.Opened(
+        session_id=event.session_id, idle_timeout_ms=event.idle_timeout_ms, step=event.step
+    )
     return pb.ServerMessage(opened=message).SerializeToString()
 
 
@@ -264,6 +305,107 @@ def _write_notice(event: Notice) -> bytes:
     return pb.ServerMessage(notice=message).SerializeToString()
 
 
+def _write_open_training(event: OpenTraining) -> bytes:
+    message = pb.OpenTraining(
+        protocol=event.protocol,
+        fingerprint=event.fingerprint,
+        first_block=event.first_block,
+        end_block=event.end_block,
+        up_codec=CODEC_NUMBERS[event.up_codec],
+        down_codec=CODEC_NUMBERS[event.down_codec],
+        gradient_codec=CODEC_NUMBERS[event.gradient_codec],
+        up_width=event.up_width,
+        up_levels=event.up_levels,
+        up_scale=event.up_scale,
+        projection=event.projection,
+        adapter=event.adapter,
+        lora=None if event.lora is None else _lora_message(event.lora),
+        prompt_rows=event.prompt_rows,
+        optimizer=pb.AdamW(
+            beta1=event.optimizer.beta1,
+            beta2=event.optimizer.beta2,
+            eps=event.optimizer.eps,
+            weight_decay=event.optimizer.weight_decay,
+        ),
+        seed=event.seed,
+        resume_steps=event.resume_steps,
+        weight=event.weight,
+    )
+    data = pb.ClientMessage(open_training=message).SerializeToString()
+    if len(data) > MAX_OPENING_BYTES:
+        raise LocalProtocolError(
+            f"OpenTraining takes {len(data)} bytes, over the limit of {MAX_OPENING_BYTES}; "
+            "name fewer targets, blocks or steps"
+        )
+    return data
+
+
+def _lora_message(lora: Lora) -> pb.Lora:
+    return pb.Lora(
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        targets=lora.targets,
+        blocks=lora.blocks,
+        rslora=lora.rslora,
+        freeze_a=lora.freeze_a,
+    )
+
+
+def _write_forward(event: Forward) -> bytes:
+    message = pb.Forward(
+        id=event.id, counts=event.counts, rows=bytes(event.rows), no_grad=event.no_grad
+    )
+    return pb.ClientMessage(forward=message).SerializeToString()
+
+
+def _write_activations(event: Activations) -> bytes:
+    message = pb.Activations(id=event.id, rows=bytes(event.rows))
+    return pb.ServerMessage(activations=message).SerializeToString()
+
+
+def _write_backward(event: Backward) -> bytes:
+    message = pb.Backward(id=event.id, rows=bytes(event.rows))
+    return pb.ClientMessage(backward=message).SerializeToString()
+
+
+def _write_gradients(event: Gradients) -> bytes:
+    message = pb.Gradients(id=event.id, rows=bytes(event.rows))
+    return pb.ServerMessage(gradients=message).SerializeToString()
+
+
+def _write_discard(event: Discard) -> bytes:
+    return pb.ClientMessage(discard=pb.Discard(id=event.id)).SerializeToString()
+
+
+def _write_reset(_: Reset) -> bytes:
+    return pb.ClientMessage(reset=pb.Reset()).SerializeToString()
+
+
+def _write_step(event: Step) -> bytes:
+    message = pb.Step(
+        number=event.number,
+        learning_rate=event.learning_rate,
+        max_grad_norm=event.max_grad_norm,
+        scale=event.scale,
+    )
+    return pb.ClientMessage(step=message).SerializeToString()
+
+
+def _write_stepped(event: Stepped) -> bytes:
+    message = pb.Stepped(number=event.number, grad_norm=event.grad_norm, applied=event.applied)
+    return pb.ServerMessage(stepped=message).SerializeToString()
+
+
+def _write_save(event: Save) -> bytes:
+    return pb.ClientMessage(save=pb.Save(number=event.number)).SerializeToString()
+
+
+def _write_saved(event: Saved) -> bytes:
+    message = pb.Saved(number=event.number, problem=event.problem)
+    return pb.ServerMessage(saved=message).SerializeToString()
+
+
 _WRITERS: Final[Mapping[type[Event], Callable[[Any], bytes]]] = {
     Open: _write_open,
     Opened: _write_opened,
@@ -275,6 +417,17 @@ _WRITERS: Final[Mapping[type[Event], Callable[[Any], bytes]]] = {
     Output: _write_output,
     Close: _write_close,
     Notice: _write_notice,
+    OpenTraining: _write_open_training,
+    Forward: _write_forward,
+    Activations: _write_activations,
+    Backward: _write_backward,
+    Gradients: _write_gradients,
+    Discard: _write_discard,
+    Reset: _write_reset,
+    Step: _write_step,
+    Stepped: _write_stepped,
+    Save: _write_save,
+    Saved: _write_saved,
 }
 
 
@@ -301,7 +454,7 @@ def _read_open(data: bytes) -> Open:
 
 def _read_opened(data: bytes) -> Opened:
     body = pb.ServerMessage.FromString(data).opened
-    return Opened(session_id=body.session_id, idle_timeout_ms=body.idle_timeout_ms)
+    return Opened(body.session_id, body.idle_timeout_ms, body.step)
 
 
 def _read_begin(data: bytes) -> Begin:
@@ -350,6 +503,91 @@ def _read_notice(data: bytes) -> Notice:
     return Notice(_known(_NOTICE_KINDS, body.kind, "notice kind"), body.message)
 
 
+def _read_open_training(data: bytes) -> OpenTraining:
+    body = pb.ClientMessage.FromString(data).open_training
+    optimizer = body.optimizer
+    return OpenTraining(
+        fingerprint=body.fingerprint,
+        first_block=body.first_block,
+        end_block=body.end_block,
+        up_codec=_known(CODECS_BY_NUMBER, body.up_codec, "codec"),
+        down_codec=_known(CODECS_BY_NUMBER, body.down_codec, "codec"),
+        gradient_codec=_known(CODECS_BY_NUMBER, body.gradient_codec, "codec"),
+        adapter=body.adapter,
+        lora=_lora_of(body.lora) if body.HasField("lora") else None,
+        prompt_rows=body.prompt_rows,
+        optimizer=AdamW(optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.weight_decay),
+        seed=body.seed,
+        resume_steps=tuple(body.resume_steps),
+        weight=body.weight,
+        protocol=body.protocol,
+        up_width=body.up_width,
+        up_levels=body.up_levels,
+        up_scale=body.up_scale,
+        projection=body.projection,
+    )
+
+
+def _lora_of(body: pb.Lora) -> Lora:
+    return Lora(
+        rank=body.rank,
+        alpha=body.alpha,
+        dropout=body.dropout,
+        targets=tuple(body.targets),
+        blocks=tuple(body.blocks),
+        rslora=body.rslora,
+        freeze_a=body.freeze_a,
+    )
+
+
+def _read_forward(data: bytes) -> Forward:
+    body = pb.ClientMessage.FromString(data).forward
+    return Forward(body.id, tuple(body.counts), body.rows, body.no_grad)
+
+
+def _read_activations(data: bytes) -> Activations:
+    body = pb.ServerMessage.FromString(data).activations
+    return Activations(body.id, body.rows)
+
+
+def _read_backward(data: bytes) -> Backward:
+    body = pb.ClientMessage.FromString(data).backward
+    return Backward(body.id, body.rows)
+
+
+def _read_gradients(data: bytes) -> Gradients:
+    body = pb.ServerMessage.FromString(data).gradients
+    return Gradients(body.id, body.rows)
+
+
+def _read_discard(data: bytes) -> Discard:
+    return Discard(pb.ClientMessage.FromString(data).discard.id)
+
+
+def _read_reset(data: bytes) -> Reset:
+    pb.ClientMessage.FromString(data)
+    return Reset()
+
+
+def _read_step(data: bytes) -> Step:
+    body = pb.ClientMessage.FromString(data).step
+    return Step(body.number, body.learning_rate, body.max_grad_norm, body.scale)
+
+
+def _read_stepped(data: bytes) -> Stepped:
+    body = pb.ServerMessage.FromString(data).stepped
+    return Stepped(body.number, body.grad_norm, body.applied)
+
+
+def _read_save(data: bytes) -> Save:
+    return Save(pb.ClientMessage.FromString(data).save.number)
+
+
+def _read_saved(data: bytes) -> Saved:
+    body = pb.ServerMessage.FromString(data).saved
+    return Saved(body.number, body.problem)
+
+
 def _known(members: Mapping[int, _T], number: int, what: str) -> _T:
     member = members.get(number)
     if member is None:
@@ -368,11 +606,22 @@ _READERS: Final[Mapping[Role, Mapping[int, Callable[[bytes], Event]]]] = {
         pb.ClientMessage.FORK_FIELD_NUMBER: _read_fork,
         pb.ClientMessage.DROP_FIELD_NUMBER: _read_drop,
         pb.ClientMessage.CLOSE_FIELD_NUMBER: _read_close,
+        pb.ClientMessage.OPEN_TRAINING_FIELD_NUMBER: _read_open_training,
+        pb.ClientMessage.FORWARD_FIELD_NUMBER: _read_forward,
+        pb.ClientMessage.BACKWARD_FIELD_NUMBER: _read_backward,
+        pb.ClientMessage.DISCARD_FIELD_NUMBER: _read_discard,
+        pb.ClientMessage.RESET_FIELD_NUMBER: _read_reset,
+        pb.ClientMessage.STEP_FIELD_NUMBER: _read_step,
+        pb.ClientMessage.SAVE_FIELD_NUMBER: _read_save,
     },
     Role.SERVER: {
         pb.ServerMessage.OPENED_FIELD_NUMBER: _read_opened,
         pb.ServerMessage.OUTPUT_FIELD_NUMBER: _read_output,
         pb.ServerMessage.NOTICE_FIELD_NUMBER: _read_notice,
+        pb.ServerMessage.ACTIVATIONS_FIELD_NUMBER: _read_activations,
+        pb.ServerMessage.GRADIENTS_FIELD_NUMBER: _read_gradients,
+        pb.ServerMessage.STEPPED_FIELD_NUMBER: _read_stepped,
+        pb.ServerMessage.SAVED_FIELD_NUMBER: _read_saved,
     },
 }
 _SEGMENTED: Final = frozenset({_read_append, _read_output})

@@ -15,11 +15,12 @@ class Limits:
 
     Attributes:
         max_message_bytes: size of one serialized message, in either direction.
-        max_rows_per_message: rows in one Append, summed over its segments.
-        max_segments: segments in one Append.
+        max_rows_per_message: rows in one Append or Forward, summed over its sequences.
+        max_segments: segments in one Append, sequences in one Forward.
         max_sequences: sequences alive at the same time in one session.
-        max_capacity: rows that one sequence may be begun or forked with.
-        max_pending: Appends of one session that are not answered yet.
+        max_capacity: rows that one sequence may be begun or forked with, or have in a Forward.
+        max_pending: events of one session that wait for their answer.
+        max_forwards: Forwards of one training session that wait for their Backward.
         max_text: UTF-8 bytes of any text field (names and references, never a prompt).
     """
 
@@ -29,6 +30,7 @@ class Limits:
     max_sequences: int = 256
     max_capacity: int = 2**20
     max_pending: int = 8
+    max_forwards: int = 64
     max_text: int = 512
 
     def __post_init__(self) -> None:

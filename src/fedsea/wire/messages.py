@@ -86,8 +86,7 @@ class Open:
         Raises:
             ConfigError: the fields describe no format.
         """
-        width = self.up_width or hidden_size
-        return RowFormat(self.up_codec, width, self.up_levels, self.up_scale)
+        return _up_format(self, hidden_size)
 
     def down_format(self, hidden_size: int) -> RowFormat:
         """How the rows of every Output are written.
@@ -95,17 +94,120 @@ class Open:
         Raises:
             ConfigError: rows come back as counts.
         """
-        if self.down_codec is Codec.COUNTS:
-            raise ConfigError("counts go up only; let rows come back in fp32, bf16, fp16 or int8")
-        return RowFormat(self.down_codec, hidden_size)
+        return _value_format(self.down_codec, hidden_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """A low-rank adapter on linears of the trunk; the fields mean what they mean in PEFT.
+
+    `blocks` are numbers in the whole model, none for all blocks of the trunk.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+    blocks: tuple[int, ...] = ()
+    rslora: bool = False
+    freeze_a: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AdamW:
+    """The constants of the optimizer; its learning rate comes with each Step."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class OpenTraining:
+    """Client: start a session that trains the trunk's part, `adapter`, at the server.
+
+    What is trained is a low-rank adapter, `prompt_rows` rows in front of every sequence at the
+    entrance of the trunk, or both; with neither the trunk only passes rows and gradients through.
+    `resume_steps` are those that the client could go on from, 0 for the start; Opened names the
+    one that both sides have. `weight` counts where results of several clients are averaged.
+    """
+
+    fingerprint: str
+    first_block: int
+    end_block: int
+    up_codec: Codec
+    down_codec: Codec
+    gradient_codec: Codec
+    adapter: str
+    lora: Lora | None = None
+    prompt_rows: int = 0
+    optimizer: AdamW = AdamW()
+    seed: int = 0
+    resume_steps: tuple[int, ...] = (0,)
+    weight: float = 1.0
+    protocol: int = PROTOCOL_VERSION
+    up_width: int = 0
+    up_levels: int = 0
+    up_scale: float = 0.0
+    projection: str = ""
+
+    def up_format(self, hidden_size: int) -> RowFormat:
+        """How the rows of every Forward are written.
+
+        Raises:
+            ConfigError: the fields describe no format.
+        """
+        return _up_format(self, hidden_size)
+
+    def down_format(self, hidden_size: int) -> RowFormat:
+        """How the rows of every Activations are written.
+
+        Raises:
+            ConfigError: rows come back as counts.
+        """
+        return _value_format(self.down_codec, hidden_size)
+
+    def backward_format(self, hidden_size: int) -> RowFormat:
+        """How the rows of every Backward are written.
+
+        Raises:
+            ConfigError: gradients are counts.
+        """
+        return _value_format(self.gradient_codec, hidden_size)
+
+    def gradients_format(self, hidden_size: int) -> RowFormat:
+        """How the rows of every Gradients are written: as wide as those that went up.
+
+        Raises:
+            ConfigError: gradients are counts.
+        """
+        return _value_format(self.gradient_codec, self.up_width or hidden_size)
+
+
+def _up_format(event: Open | OpenTraining, hidden_size: int) -> RowFormat:
+    width = event.up_width or hidden_size
+    return RowFormat(event.up_codec, width, event.up_levels, event.up_scale)
+
+
+def _value_format(codec: Codec, width: int) -> RowFormat:
+    if codec is Codec.COUNTS:
+        raise ConfigError(
+            "counts go up only; let rows that come back, and gradients, be fp32, bf16, fp16 or int8"
+        )
+    return RowFormat(codec, width)
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Server: the session exists; `idle_timeout_ms` of 0 means never evicted when idle."""
+    """Server: the session exists; `idle_timeout_ms` of 0 means never evicted when idle.
+
+    `step` is that of a training session: the optimizer steps that are done already.
+    """
 
     session_id: str
     idle_timeout_ms: int = 0
+    step: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +286,120 @@ class Notice:
     message: str = ""
 
 
-ClientEvent = Open | Begin | Fork | Rollback | Drop | Append | Close
-ServerEvent = Opened | Output | Notice
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Client: rows of whole sequences from position 0, `counts` rows each, in `up_codec`.
+
+    With `no_grad` no Backward follows, as in an evaluation.
+    """
+
+    id: int
+    counts: tuple[int, ...]
+    rows: bytes | memoryview = field(repr=False)
+    no_grad: bool = False
+
+    @property
+    def count(self) -> int:
+        """Rows in all sequences together."""
+        return sum(self.counts)
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Server: all rows of the Forward with the same id behind the trunk, in `down_codec`."""
+
+    id: int
+    rows: bytes | memoryview = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """Client: the gradient with regard to the Activations of the same id, in `gradient_codec`."""
+
+    id: int
+    rows: bytes | memoryview = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """Server: the gradient with regard to the rows of the Forward, in `gradient_codec`."""
+
+    id: int
+    rows: bytes | memoryview = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """Client: no Backward will come for an open Forward."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """Client: forget all open Forwards and the gradients of the step that is not finished."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Client: change what is trained by the gradients since the last step.
+
+    `number` is one more than the steps that are done; that of the last step is a repeat, which is
+    answered as before and changes nothing. `max_grad_norm` of 0 does not clip; gradients are
+    `scale` times too large.
+    """
+
+    number: int
+    learning_rate: float
+    max_grad_norm: float = 0.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """Server: what became of a Step.
+
+    `grad_norm` is that of the trunk's part before it was clipped. Without `applied` the gradients
+    were not finite: they are gone, nothing changed, and the step is not done.
+    """
+
+    number: int
+    grad_norm: float
+    applied: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Client: keep what is trained, and its optimizer, as they are behind step `number`."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """Server: the step is durable, unless there is a `problem`, in which case nothing was kept."""
+
+    number: int
+    problem: str = ""
+
+
+ClientEvent = (
+    Open
+    | Begin
+    | Fork
+    | Rollback
+    | Drop
+    | Append
+    | Close
+    | OpenTraining
+    | Forward
+    | Backward
+    | Discard
+    | Reset
+    | Step
+    | Save
+)
+ServerEvent = Opened | Output | Notice | Activations | Gradients | Stepped | Saved
 Event = ClientEvent | ServerEvent
 
 
@@ -208,6 +422,7 @@ class Description:
     `model` is a name to show; only `fingerprint` identifies the checkpoint. `quantization` is empty
     for none. Each sequence takes KV rows in whole pages of `page_rows`, which a reservation has to
     allow for. `projections` are the fingerprints of those whose rows this server can widen.
+    `max_forwards` of 0 says that nothing is trained here.
     """
 
     model: str
@@ -229,4 +444,5 @@ class Description:
     max_sequences: int = DEFAULT_LIMITS.max_sequences
     max_pending: int = DEFAULT_LIMITS.max_pending
     projections: tuple[str, ...] = ()
+    max_forwards: int = 0
     protocol: int = PROTOCOL_VERSION

@@ -2,7 +2,8 @@
 
 `SessionRules` is the same on both sides. It is told of each event before the event counts, either
 refuses it and stays as it was, or takes it into account. The error class is passed in: the same
-mistake is local when we are about to send it and remote when we have received it.
+mistake is local when we are about to send it and remote when we have received it. What only training
+sessions know is in `fedsea.wire.training`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
-from fedsea.errors import ConfigError, ProtocolError
+from fedsea.errors import ConfigError
 from fedsea.wire.limits import Limits
 from fedsea.wire.messages import (
     PROTOCOL_VERSION,
@@ -25,14 +26,14 @@ from fedsea.wire.messages import (
     Notice,
     Open,
     Opened,
+    OpenTraining,
     Output,
     Rollback,
     Segment,
     Want,
 )
 from fedsea.wire.text import check_text
-
-Fault = type[ProtocolError]
+from fedsea.wire.training import Fault, TrainingRules
 
 # Most bytes of an Output besides its rows: id, two times and framing; then of one range.
 _OUTPUT_BYTES: Final = 64
@@ -65,6 +66,7 @@ class SessionRules:
         self._last_id = -1
         self._sequences: dict[int, _Sequence] = {}
         self._pending: deque[_Pending] = deque()
+        self._training = TrainingRules(hidden_size, limits)
 
     @property
     def sequences(self) -> frozenset[int]:
@@ -73,8 +75,13 @@ class SessionRules:
 
     @property
     def pending(self) -> int:
-        """Appends without an Output."""
-        return len(self._pending)
+        """Events that wait for their answer."""
+        return len(self._pending) + self._training.pending
+
+    @property
+    def forwards(self) -> frozenset[int]:
+        """The Forwards that are open: a Backward may come for them."""
+        return self._training.forwards
 
     def sequence(self, number: int, fault: Fault) -> _Sequence:
         """The state of a living sequence; raise `fault` for any other."""
@@ -88,8 +95,22 @@ class SessionRules:
         rule = _RULES.get(type(event))
         if rule is not None:
             rule(self, event, fault)
+        else:
+            self._training.apply(event, fault)
 
     def _open(self, event: Open, fault: Fault) -> None:
+        self._check_opening(event, fault)
+        try:
+            up, down = event.up_format(self._hidden_size), event.down_format(self._hidden_size)
+        except ConfigError as error:
+            raise fault(str(error)) from None
+        self._up_row_bytes, self._down_row_bytes = up.row_bytes, down.row_bytes
+
+    def _open_training(self, event: OpenTraining, fault: Fault) -> None:
+        self._check_opening(event, fault)
+        self._training.open(event, fault)
+
+    def _check_opening(self, event: Open | OpenTraining, fault: Fault) -> None:
         if event.protocol != PROTOCOL_VERSION:
             raise fault(
                 f"the peers speak protocol {event.protocol} and {PROTOCOL_VERSION}; "
@@ -104,13 +125,8 @@ class SessionRules:
         check_text("adapter", event.adapter, self._limits.max_text, fault)
         check_text("projection", event.projection, self._limits.max_text, fault)
         self._check_width(event, fault)
-        try:
-            up, down = event.up_format(self._hidden_size), event.down_format(self._hidden_size)
-        except ConfigError as error:
-            raise fault(str(error)) from None
-        self._up_row_bytes, self._down_row_bytes = up.row_bytes, down.row_bytes
 
-    def _check_width(self, event: Open, fault: Fault) -> None:
+    def _check_width(self, event: Open | OpenTraining, fault: Fault) -> None:
         width = event.up_width or self._hidden_size
         if not 1 <= width <= self._hidden_size:
             raise fault(
@@ -268,6 +284,7 @@ def _check_length(name: str, event: Append | Output, expected: int, fault: Fault
 _RULES: Final[Mapping[type[Event], Callable[[SessionRules, Any, Fault], None]]] = MappingProxyType(
     {
         Open: SessionRules._open,
+        OpenTraining: SessionRules._open_training,
         Opened: SessionRules._opened,
         Notice: SessionRules._notice,
         Begin: SessionRules._begin,

@@ -5,8 +5,8 @@ Rule 2: this file does not know which side we play. Both sides run the same tabl
 events, sent or received, so that peers that disagree find out at the first wrong message.
 
 A client may send Begin, Fork, Rollback, Drop and Append before Opened arrives: they are applied
-after it, and the first answer is one round trip earlier. An Output may arrive after Close, because
-it was on its way.
+after it, and the first answer is one round trip earlier. Training waits for Opened, for that says
+which step it goes on from. An answer may arrive after Close, because it was on its way.
 FAILED is entered only by a peer's mistake; no event leaves it.
 """
 
@@ -18,20 +18,31 @@ from types import MappingProxyType
 from typing import Final, get_args
 
 from fedsea.wire.messages import (
+    Activations,
     Append,
+    Backward,
     Begin,
     ClientEvent,
     Close,
+    Discard,
     Drop,
     Event,
     Fork,
+    Forward,
+    Gradients,
     Notice,
     Open,
     Opened,
+    OpenTraining,
     Output,
+    Reset,
     Role,
     Rollback,
+    Save,
+    Saved,
     ServerEvent,
+    Step,
+    Stepped,
 )
 
 
@@ -41,6 +52,8 @@ class State(Enum):
     IDLE = "idle"
     OPENING = "opening"
     ACTIVE = "active"
+    JOINING = "joining"
+    TRAINING = "training"
     CLOSING = "closing"
     FAILED = "failed"
 
@@ -54,6 +67,7 @@ TRANSITIONS: Final[Mapping[State, Mapping[type[Event], State]]] = MappingProxyTy
     {
         State.IDLE: {
             Open: State.OPENING,
+            OpenTraining: State.JOINING,
         },
         State.OPENING: {
             Begin: State.OPENING,
@@ -73,8 +87,29 @@ TRANSITIONS: Final[Mapping[State, Mapping[type[Event], State]]] = MappingProxyTy
             Notice: State.ACTIVE,
             Close: State.CLOSING,
         },
+        State.JOINING: {
+            Opened: State.TRAINING,
+        },
+        State.TRAINING: {
+            Forward: State.TRAINING,
+            Activations: State.TRAINING,
+            Backward: State.TRAINING,
+            Gradients: State.TRAINING,
+            Discard: State.TRAINING,
+            Reset: State.TRAINING,
+            Step: State.TRAINING,
+            Stepped: State.TRAINING,
+            Save: State.TRAINING,
+            Saved: State.TRAINING,
+            Notice: State.TRAINING,
+            Close: State.CLOSING,
+        },
         State.CLOSING: {
             Output: State.CLOSING,
+            Activations: State.CLOSING,
+            Gradients: State.CLOSING,
+            Stepped: State.CLOSING,
+            Saved: State.CLOSING,
             Notice: State.CLOSING,
         },
         State.FAILED: {},

@@ -40,6 +40,7 @@ GOOD = Description(
     server_version="0.1.0",
     max_sequences=9,
     projections=("ab" * 32, "cd" * 32),
+    max_forwards=5,
 )
 
 BAD = [
@@ -108,7 +109,13 @@ def test_limits_are_the_smaller_of_both_sides():
         max_sequences=9,
         max_capacity=4096,
         max_pending=3,
+        max_forwards=5,
     )
+
+
+def test_a_server_that_trains_nothing_caps_nothing():
+    """Its 0 is no cap: a client that has to count keeps its own."""
+    assert limits_for(replace(GOOD, max_forwards=0)).max_forwards == Limits().max_forwards
 
 
 def test_unknown_codecs_are_left_out():

@@ -15,16 +15,25 @@ from fedsea.errors import LocalProtocolError, RemoteProtocolError
 from fedsea.wire import framing
 from fedsea.wire import trunk_pb2 as pb
 from fedsea.wire.codecs import Codec
-from fedsea.wire.framing import MAX_PLAIN_FIELDS, MAX_SEGMENT_BYTES, decode_event, encode_event
+from fedsea.wire.framing import (
+    MAX_OPENING_BYTES,
+    MAX_PLAIN_FIELDS,
+    MAX_SEGMENT_BYTES,
+    decode_event,
+    encode_event,
+)
 from fedsea.wire.limits import DEFAULT_LIMITS, Limits
 from fedsea.wire.messages import (
     Append,
     Begin,
     Close,
     Drop,
+    Forward,
     Notice,
     Open,
+    OpenTraining,
     Output,
+    Reset,
     Role,
     Segment,
     Want,
@@ -73,7 +82,9 @@ def test_any_bytes_are_an_event_or_refused(data, role):
         decode_event(data, role, DEFAULT_LIMITS)
 
 
-@pytest.mark.parametrize("event", [Close(), Drop(0), Begin(0, 0), Append(0, (), b"")])
+@pytest.mark.parametrize(
+    "event", [Close(), Drop(0), Begin(0, 0), Append(0, (), b""), Reset(), Forward(0, (), b"")]
+)
 def test_an_event_of_defaults_is_still_an_event(event):
     """protobuf leaves out zeros, but the event itself is on the wire."""
     data = encode_event(event, DEFAULT_LIMITS)
@@ -101,6 +112,8 @@ def test_rows_may_be_a_memoryview():
         Notice("draining"),  # type: ignore[arg-type]
         Open("\ud800", 0, 1, Codec.FP32, Codec.FP32),
         Open("f", 0, 1, "fp32", Codec.FP32),  # type: ignore[arg-type]
+        Forward(0, (2**32,), b""),
+        OpenTraining("f", 0, 1, Codec.FP32, Codec.FP32, Codec.FP32, "a", resume_steps=(-1,)),
     ],
 )
 def test_values_outside_the_schema_are_local_errors(event):
@@ -192,6 +205,10 @@ BOMBS = {
     "unknown fields in one segment": field(3, field(2, b"\x08\x01\x78\x01" * (CAP // 4 - 4))),
     "repeated text": field(1, b"\x12\x00" * (CAP // 2)),
     "nested groups": field(3, b"\x7b" * CAP),
+    "a million counts": field(17, field(2, b"\x01" * (CAP - 16))),
+    "counts without a field": field(17, b"\x10\x01" * (CAP // 2)),
+    "empty targets": field(16, field(13, b"\x22\x00" * (CAP // 2 - 8))),
+    "a million steps to resume from": field(16, field(17, b"\x01" * (CAP - 16))),
 }
 
 
@@ -219,6 +236,20 @@ def test_the_largest_shape_that_passes_is_small():
         decode_event(field(3, full + segment), Role.CLIENT, limits)
     with pytest.raises(RemoteProtocolError, match="a segment takes more"):
         decode_event(field(3, field(2, bytes(MAX_SEGMENT_BYTES + 1))), Role.CLIENT, limits)
+
+
+def test_counts_in_several_fields_are_read():
+    """A library that does not pack a few numbers is understood."""
+    event = decode_event(field(17, b"\x10\x03\x10\x04"), Role.CLIENT, DEFAULT_LIMITS)
+    assert event == Forward(0, (3, 4), b"")
+
+
+def test_an_opening_of_many_names_is_refused_before_it_is_sent():
+    """The cap on OpenTraining holds for the sender too, and says what to leave out."""
+    steps = tuple(range(2**60, 2**60 + MAX_OPENING_BYTES // 8))
+    event = OpenTraining("f", 0, 1, Codec.FP32, Codec.FP32, Codec.FP32, "a", resume_steps=steps)
+    with pytest.raises(LocalProtocolError, match="name fewer targets, blocks or steps"):
+        encode_event(event, DEFAULT_LIMITS)
 
 
 def test_a_message_has_room_for_every_field_of_the_schema():

@@ -8,7 +8,22 @@ from typing import get_args
 import pytest
 
 from fedsea.wire import trunk_pb2 as pb
-from fedsea.wire.messages import Append, Description, Event, NoticeKind, Output, Role, Segment, Want
+from fedsea.wire.messages import (
+    Activations,
+    AdamW,
+    Append,
+    Backward,
+    Description,
+    Event,
+    Forward,
+    Gradients,
+    Lora,
+    NoticeKind,
+    Output,
+    Role,
+    Segment,
+    Want,
+)
 
 
 def test_answer_holds_only_wanted_rows():
@@ -28,7 +43,14 @@ def test_rows_are_not_in_the_repr(kind):
     assert "secret" not in repr(kind(1, (Segment(0, 0, 1),), b"secret"))
 
 
-@pytest.mark.parametrize("kind", [*get_args(Event), Segment, Description])
+@pytest.mark.parametrize("kind", [Activations, Backward, Gradients])
+def test_rows_of_training_are_not_in_the_repr(kind):
+    """Neither is a value of an activation or of a gradient."""
+    assert "secret" not in repr(kind(1, b"secret"))
+    assert "secret" not in repr(Forward(1, (6,), b"secret"))
+
+
+@pytest.mark.parametrize("kind", [*get_args(Event), Segment, Lora, AdamW, Description])
 def test_domain_objects_are_frozen_and_slotted(kind):
     """Events are values: hashable parts, no stray attributes."""
     assert dataclasses.is_dataclass(kind)

@@ -6,7 +6,7 @@ from typing import get_args
 
 from scripts.protocol_tables import PROTOCOL_PAGE, with_tables
 
-from fedsea.wire.messages import Close, Event, Open, Role
+from fedsea.wire.messages import Close, Event, Open, OpenTraining, Role
 from fedsea.wire.states import SENDERS, TRANSITIONS, State
 
 
@@ -30,8 +30,14 @@ def test_every_state_is_reached_from_idle_and_failed_is_final():
 
 def test_the_client_opens_and_closes():
     """A session is begun and ended by the data owner."""
-    assert SENDERS[Open] is SENDERS[Close] is Role.CLIENT
-    assert list(TRANSITIONS[State.IDLE]) == [Open]
+    assert SENDERS[Open] is SENDERS[OpenTraining] is SENDERS[Close] is Role.CLIENT
+    assert list(TRANSITIONS[State.IDLE]) == [Open, OpenTraining]
+
+
+def test_training_and_inference_share_only_the_end():
+    """A session is of one kind: what belongs to the other kind is refused in it."""
+    both = set(TRANSITIONS[State.ACTIVE]) & set(TRANSITIONS[State.TRAINING])
+    assert {event.__name__ for event in both} == {"Close", "Notice"}
 
 
 def test_the_page_shows_this_table():
