@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
@@ -12,19 +11,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from fedsea.client.attested import Attestation
 from fedsea.client.background import Background, Pending
+from fedsea.client.connecting import (
+    Servers,
+    close_all,
+    codec_of,
+    endpoints_of,
+    first_description,
+    placement_of,
+)
 from fedsea.client.generation import Completion, Request, complete
 from fedsea.client.local import LocalParts
 from fedsea.client.protection import PLAIN, Cut, Mode, Protection, ReleasePolicy
 from fedsea.client.releases import DEFAULT_MEMORY, ReleaseStore
 from fedsea.client.remote import Patience, Tell
 from fedsea.client.sampling import SamplingParams
-from fedsea.client.servers import Endpoint, Expectation
+from fedsea.client.servers import Expectation
 from fedsea.client.split import Progress, SplitModel
 from fedsea.client.streams import Feed, Stream
 from fedsea.client.together import together
@@ -34,34 +40,22 @@ from fedsea.errors import (
     FedseaError,
     LedgerError,
     RequestError,
-    TransportError,
 )
 from fedsea.model.adapters import read_adapter
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.inspection import check_memory, client_weights
 from fedsea.model.partition import Partition
-from fedsea.model.quantization import library_config
-from fedsea.model.spans import Placement
 from fedsea.privacy.attestation import Attested, Verifier
 from fedsea.privacy.placeholders.config import Placeholders
 from fedsea.privacy.placeholders.substitution import Substitution
-from fedsea.transport.base import Channel
 from fedsea.transport.credentials import ClientTLS, Plaintext
-from fedsea.transport.grpc_client import GrpcChannel
-from fedsea.wire.codecs import VALUE_CODECS, Codec, RowFormat
-from fedsea.wire.messages import Description
+from fedsea.wire.codecs import RowFormat
 
 logger = logging.getLogger("fedsea.client")
 
 Message = Mapping[str, str]
 
 DEFAULT_KV_ROWS = 16384
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_CODEC_OF = {
-    torch.float32: Codec.FP32,
-    torch.bfloat16: Codec.BF16,
-    torch.float16: Codec.FP16,
-}
 
 
 class LLM:
@@ -93,7 +87,7 @@ class LLM:
     def connect(
         cls,
         model: str | Path,
-        servers: str | Sequence[str] | Mapping[str, Callable[[], Channel]],
+        servers: Servers,
         *,
         partition: Partition | tuple[int, int] = (1, 1),
         tls: ClientTLS | Plaintext | None = None,
@@ -149,12 +143,12 @@ class LLM:
         """
         checkpoint = Checkpoint.open(model, revision)
         chosen = partition if isinstance(partition, Partition) else Partition(*partition)
-        placement = _placement(checkpoint, dtype, device, quantization)
-        row_codec = _codec(codec, placement.dtype)
+        placement = placement_of(checkpoint, dtype, device, quantization)
+        row_codec = codec_of(codec, placement.dtype)
         trunk = chosen.trunk_span(checkpoint.num_blocks)
         tell = on_notice or logger.warning
         attestation = None if verifier is None else Attestation(verifier, tell)
-        endpoints = _endpoints(servers, tls, attestation)
+        endpoints = endpoints_of(servers, tls, attestation)
         tokenizer = load_tokenizer(checkpoint)
         check_memory(
             client_weights(checkpoint, chosen, placement.kept_dtype),
@@ -183,9 +177,9 @@ class LLM:
         background = Background("fedsea-client")
         waits = patience or Patience()
         try:
-            description = background.run(_first_description(endpoints, expectation))
+            description = background.run(first_description(endpoints, expectation))
         except FedseaError:
-            background.stop(_close_all(endpoints))
+            background.stop(close_all(endpoints))
             if policy is not None:
                 policy.close()
             raise
@@ -497,81 +491,8 @@ def sampling_params(params: SamplingParams | None, options: Mapping[str, Any]) -
     return params if params is not None else SamplingParams.from_mapping(options)
 
 
-def _placement(checkpoint: Checkpoint, dtype: str, device: str, quantization: str) -> Placement:
-    if dtype == "auto":
-        found = getattr(checkpoint.config, "dtype", None)
-        chosen = found if isinstance(found, torch.dtype) else torch.float32
-    elif dtype in _DTYPES:
-        chosen = _DTYPES[dtype]
-    else:
-        raise ConfigError(f"dtype {dtype!r} is not known; use auto, {', '.join(_DTYPES)}")
-    try:
-        target = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device {device!r} is not known; use cpu, cuda or mps") from error
-    library_config(quantization, target, chosen)  # refuses what cannot be made
-    return Placement(device=target, dtype=chosen, quantization=quantization)
-
-
 def _cut(checkpoint: Checkpoint, partition: Partition) -> Cut:
     return Cut(checkpoint.fingerprint(), checkpoint.hidden_size, partition.bottom, partition.top)
-
-
-def _codec(name: str, dtype: torch.dtype) -> Codec:
-    if name == "auto":
-        return _CODEC_OF[dtype]
-    known = {codec.value: codec for codec in VALUE_CODECS}
-    if name not in known:
-        raise ConfigError(f"codec {name!r} is not known; use auto, {', '.join(known)}")
-    return known[name]
-
-
-def _endpoints(
-    servers: str | Sequence[str] | Mapping[str, Callable[[], Channel]],
-    tls: ClientTLS | Plaintext | None,
-    attestation: Attestation | None,
-) -> tuple[Endpoint, ...]:
-    makers = dict(_channel_makers(servers, tls))
-    if attestation is not None:
-        makers = {
-            address: functools.partial(attestation.guard, address, connect)
-            for address, connect in makers.items()
-        }
-    return tuple(Endpoint(address, connect) for address, connect in makers.items())
-
-
-def _channel_makers(
-    servers: str | Sequence[str] | Mapping[str, Callable[[], Channel]],
-    tls: ClientTLS | Plaintext | None,
-) -> Mapping[str, Callable[[], Channel]]:
-    if isinstance(servers, Mapping):
-        return servers
-    addresses = [servers] if isinstance(servers, str) else list(servers)
-    if not addresses:
-        raise ConfigError("there is no server address; give HOST:PORT")
-    if tls is None:
-        raise ConfigError(
-            "no certificate was given; pass tls=ClientTLS(...), made by `fedsea certs client`"
-        )
-    return {address: functools.partial(GrpcChannel, address, tls) for address in addresses}
-
-
-async def _first_description(
-    endpoints: Sequence[Endpoint], expectation: Expectation
-) -> Description:
-    """Describe the first server that answers; wrong models and identities are not passed over."""
-    trouble: FedseaError = ConfigError("there is no server address; give HOST:PORT")
-    for endpoint in endpoints:
-        try:
-            return await endpoint.describe(expectation)
-        except TransportError as error:
-            trouble = error
-    raise trouble
-
-
-async def _close_all(endpoints: Sequence[Endpoint]) -> None:
-    for endpoint in endpoints:
-        await endpoint.close()
 
 
 def check_unicode(text: str) -> None:

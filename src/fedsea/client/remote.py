@@ -9,29 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import random
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
 
 from fedsea.client.releases import ReleaseLog, ReleaseStore
-from fedsea.client.servers import Endpoint, Expectation, rotate
+from fedsea.client.servers import Endpoint, Expectation, common_limits, first_that_takes
 from fedsea.errors import (
-    Capacity,
     ConnectionLost,
     DeadlineExceeded,
     Draining,
     FedseaError,
-    QuotaExceeded,
-    Refused,
     SessionLost,
     TransportError,
-    Unreachable,
 )
 from fedsea.transport.base import ClientStream
 from fedsea.wire.codecs import RowFormat
@@ -41,7 +36,6 @@ from fedsea.wire.messages import (
     Append,
     Begin,
     Close,
-    Description,
     Drop,
     Fork,
     Notice,
@@ -56,9 +50,6 @@ from fedsea.wire.messages import (
 
 # Pieces of at most this many rows share a message; larger ones, the chunks of a prompt, go alone.
 _SMALL_PIECE = 8
-_FIRST_PAUSE = 0.1
-_SHORTEST_TRY = 0.5
-_LONGEST_PAUSE = 2.0
 
 Tell = Callable[[str], None]
 
@@ -436,33 +427,15 @@ class RemoteTrunk:
 
     async def _open_somewhere(self, within: float) -> None:
         """Try the servers in turn until one takes the session, or time is up."""
-        deadline = time.monotonic() + within
-        pause = _FIRST_PAUSE
-        while True:
-            refusals: list[FedseaError] = []
-            order = rotate(self._endpoints, self._preferred)
-            for later, endpoint in zip(reversed(range(len(order))), order, strict=True):
-                # One that says nothing must leave time for those after it.
-                share = (deadline - time.monotonic()) / (1 + later)
-                try:
-                    await self._open_at(endpoint, max(_SHORTEST_TRY, share))
-                except (TransportError, Refused) as error:
-                    endpoint.forget()
-                    refusals.append(error)
-                else:
-                    self._preferred = self._endpoints.index(endpoint)
-                    return
-            wait = max(pause, _shortest_wait(refusals)) * random.uniform(0.8, 1.2)
-            if time.monotonic() + wait > deadline or not _worth_waiting(refusals):
-                raise _gave_up(refusals, within, self._endpoints)
-            await asyncio.sleep(wait)
-            pause = min(pause * 2, _LONGEST_PAUSE)
+        self._preferred = await first_that_takes(
+            self._endpoints, self._preferred, within, self._open_at
+        )
 
     async def _open_at(self, endpoint: Endpoint, within: float) -> None:
         try:
             async with asyncio.timeout(within):
                 description = await endpoint.describe(self._plan.expectation)
-                limits = _common_limits(self._limits, description)
+                limits = common_limits(self._limits, description)
                 stream = await endpoint.channel().open_stream()
                 connection = Connection(Role.CLIENT, limits, hidden_size=self._hidden_size)
                 link = _Link(stream, connection, endpoint.address)
@@ -671,47 +644,3 @@ class RemoteTrunk:
 def _defect(error: Exception) -> FedseaError:
     """What callers get who must not wait for ever because of a mistake of ours."""
     return FedseaError(f"the client failed with {type(error).__name__}; please report it")
-
-
-def _common_limits(ours: Limits, served: Description) -> Limits:
-    """What both sides accept."""
-    return replace(
-        ours,
-        max_message_bytes=min(ours.max_message_bytes, served.max_message_bytes),
-        max_rows_per_message=min(ours.max_rows_per_message, served.max_rows_per_message),
-        max_segments=min(ours.max_segments, served.max_segments),
-        max_sequences=min(ours.max_sequences, served.max_sequences),
-        max_pending=min(ours.max_pending, served.max_pending),
-    )
-
-
-def _shortest_wait(refusals: Sequence[FedseaError]) -> float:
-    waits = [
-        error.retry_after
-        for error in refusals
-        if isinstance(error, Refused) and error.retry_after is not None
-    ]
-    return min(waits, default=0.0)
-
-
-def _worth_waiting(refusals: Sequence[FedseaError]) -> bool:
-    """A full or absent server may come back; a refusal without `retry_after` is final."""
-    return any(
-        not isinstance(error, Capacity | QuotaExceeded) or error.retry_after is not None
-        for error in refusals
-    )
-
-
-def _gave_up(
-    refusals: Sequence[FedseaError], within: float, endpoints: Sequence[Endpoint]
-) -> FedseaError:
-    """The refusal of a server that answered, or that none did."""
-    for error in refusals:
-        if isinstance(error, Refused):
-            return error
-    names = ", ".join(endpoint.address for endpoint in endpoints)
-    reason = str(refusals[-1]) if refusals else "no address was given"
-    return Unreachable(
-        f"no server answered within {within:g} s ({names}): {reason}; "
-        "start a server or check the address; an open session can be resumed later"
-    )

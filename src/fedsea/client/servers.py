@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
 
-from fedsea.errors import ConfigError, FingerprintMismatch, PartitionError, RemoteProtocolError
+from fedsea.errors import (
+    Capacity,
+    ConfigError,
+    FedseaError,
+    FingerprintMismatch,
+    PartitionError,
+    QuotaExceeded,
+    Refused,
+    RemoteProtocolError,
+    TransportError,
+    Unreachable,
+)
 from fedsea.model.partition import Span
 from fedsea.transport.base import Channel
 from fedsea.wire.codecs import Codec
 from fedsea.wire.description import decode_description
+from fedsea.wire.limits import Limits
 from fedsea.wire.messages import PROTOCOL_VERSION, Description
+
+_FIRST_PAUSE = 0.1
+_SHORTEST_TRY = 0.5
+_LONGEST_PAUSE = 2.0
 
 
 @dataclass(slots=True)
@@ -101,3 +120,90 @@ def rotate(endpoints: Sequence[Endpoint], first: int) -> list[Endpoint]:
     """All endpoints, beginning with number `first`."""
     start = first % len(endpoints)
     return [*endpoints[start:], *endpoints[:start]]
+
+
+def common_limits(ours: Limits, served: Description) -> Limits:
+    """What both sides accept."""
+    return replace(
+        ours,
+        max_message_bytes=min(ours.max_message_bytes, served.max_message_bytes),
+        max_rows_per_message=min(ours.max_rows_per_message, served.max_rows_per_message),
+        max_segments=min(ours.max_segments, served.max_segments),
+        max_sequences=min(ours.max_sequences, served.max_sequences),
+        max_pending=min(ours.max_pending, served.max_pending),
+    )
+
+
+async def first_that_takes(
+    endpoints: Sequence[Endpoint],
+    preferred: int,
+    within: float,
+    open_at: Callable[[Endpoint, float], Awaitable[None]],
+) -> int:
+    """Try the servers in turn, beginning with number `preferred`, until one takes a session.
+
+    Args:
+        endpoints: the servers.
+        preferred: which is asked first.
+        within: seconds.
+        open_at: opens a session at a server within so many seconds.
+
+    Returns:
+        The number of the server that took it.
+
+    Raises:
+        Unreachable, Refused: none did in time.
+        FedseaError: what a server objected to for good.
+    """
+    deadline = time.monotonic() + within
+    pause = _FIRST_PAUSE
+    while True:
+        refusals: list[FedseaError] = []
+        order = rotate(endpoints, preferred)
+        for later, endpoint in zip(reversed(range(len(order))), order, strict=True):
+            # One that says nothing must leave time for those after it.
+            share = (deadline - time.monotonic()) / (1 + later)
+            try:
+                await open_at(endpoint, max(_SHORTEST_TRY, share))
+            except (TransportError, Refused) as error:
+                endpoint.forget()
+                refusals.append(error)
+            else:
+                return endpoints.index(endpoint)
+        wait = max(pause, _shortest_wait(refusals)) * random.uniform(0.8, 1.2)
+        if time.monotonic() + wait > deadline or not _worth_waiting(refusals):
+            raise _gave_up(refusals, within, endpoints)
+        await asyncio.sleep(wait)
+        pause = min(pause * 2, _LONGEST_PAUSE)
+
+
+def _shortest_wait(refusals: Sequence[FedseaError]) -> float:
+    waits = [
+        error.retry_after
+        for error in refusals
+        if isinstance(error, Refused) and error.retry_after is not None
+    ]
+    return min(waits, default=0.0)
+
+
+def _worth_waiting(refusals: Sequence[FedseaError]) -> bool:
+    """A full or absent server may come back; a refusal without `retry_after` is final."""
+    return any(
+        not isinstance(error, Capacity | QuotaExceeded) or error.retry_after is not None
+        for error in refusals
+    )
+
+
+def _gave_up(
+    refusals: Sequence[FedseaError], within: float, endpoints: Sequence[Endpoint]
+) -> FedseaError:
+    """The refusal of a server that answered, or that none did."""
+    for error in refusals:
+        if isinstance(error, Refused):
+            return error
+    names = ", ".join(endpoint.address for endpoint in endpoints)
+    reason = str(refusals[-1]) if refusals else "no address was given"
+    return Unreachable(
+        f"no server answered within {within:g} s ({names}): {reason}; "
+        "start a server or check the address; an open session can be resumed later"
+    )
