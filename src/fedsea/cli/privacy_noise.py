@@ -51,6 +51,15 @@ def plan(
     ] = PrivacyUnit.PROMPT,
     tokens: Annotated[int, typer.Option(help="Tokens of a session.", rich_help_panel=_LOAD)] = 256,
     sessions: Annotated[int, typer.Option(help="Sessions that add up.", rich_help_panel=_LOAD)] = 1,
+    examples: Annotated[
+        int | None,
+        typer.Option(
+            help="For training, instead of --unit and --sessions: examples of --tokens tokens, each "
+            "as often as a step uses it; rows and gradients are released.",
+            show_default=False,
+            rich_help_panel=_LOAD,
+        ),
+    ] = None,
     width: Annotated[int, typer.Option(help="Numbers in a row.", rich_help_panel=_LOAD)] = 128,
     clip_norm: Annotated[
         float,
@@ -76,7 +85,12 @@ def plan(
         goal = planning.Goal(Budget(epsilon=epsilon, delta=delta, mu=mu))
     else:
         goal = planning.Goal(recovery=recovery_bound, prior=prior)
-    load = planning.Load(Unit(unit.value), tokens, width, clip_norm, sessions)
+    if examples is None:
+        load = planning.Load(Unit(unit.value), tokens, width, clip_norm, sessions)
+    elif sessions == 1:
+        load = planning.Load.training(examples, tokens, width, clip_norm)
+    else:
+        raise ConfigError("training is planned by --examples alone: leave --sessions out")
     with screen.bar("searching"):
         plans = list(planning.plan(goal, load, mechanism or ()))
     if not plans:

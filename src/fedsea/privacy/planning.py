@@ -98,6 +98,21 @@ class Load:
         if not 0 < self.clip_norm < math.inf:
             raise ConfigError(f"a clip norm of {self.clip_norm} is none: give a number above 0")
 
+    @classmethod
+    def training(cls, examples: int, tokens: int, width: int, clip_norm: float) -> Load:
+        """Steps over so many examples, each counted as often as it is used, as one record.
+
+        Rows and gradients of an example are released once in every step that uses it. Noise is
+        planned for releases of single rows. A Gaussian that clips a whole example to clip_norm
+        sqrt(tokens) and costs mu sqrt(tokens) has the same noise and the same total.
+
+        Raises:
+            ConfigError: a number is out of range.
+        """
+        if examples < 1:
+            raise ConfigError(f"{examples} examples release nothing: give 1 or more")
+        return cls(Unit.RECORD, tokens, width, clip_norm, 2 * examples)
+
     @property
     def releases(self) -> int:
         """Releases that compose: of one position for unit token, else of all."""

@@ -40,6 +40,19 @@ def test_a_plan_for_programs(fedsea):
     assert mechanism_from_spec(only["mechanism"]) is not None
 
 
+def test_a_plan_for_training(fedsea):
+    """Every use of an example releases its rows and its gradients."""
+    result = fedsea(
+        *("privacy", "plan", "--mu", "1", "--examples", "30", "--tokens", "10", "--width", "16"),
+        *("--mechanism", "gaussian", "--json"),
+    )
+    found = json.loads(result.stdout)
+    (only,) = found["plans"]
+
+    assert found["releases"] == 2 * 30 * 10
+    assert only["mu"] == pytest.approx(1.0, rel=1e-3)
+
+
 def test_an_audit_through_the_codec(fedsea):
     """Counts and floats pass, also in codecs that round; a claim beyond the samples says so."""
     result = fedsea(
@@ -88,6 +101,8 @@ def test_an_audit_for_programs(fedsea):
         (["plan", "--epsilon", "1", "--delta", "2"], "delta 2.0 is no probability"),
         (["plan", "--recovery-bound", "0.001"], "above the prior"),
         (["plan", "--mu", "1", "--tokens", "0"], "0 tokens"),
+        (["plan", "--mu", "1", "--examples", "0"], "0 examples"),
+        (["plan", "--mu", "1", "--examples", "2", "--sessions", "2"], "leave --sessions out"),
         (["plan", "--mu", "1", "--clip-norm", "0"], "clip norm"),
         (["plan", "--mu", "1", "--width", "1"], "width 1"),
         (["plan", "--mu", "1", "--mechanism", "magic"], "no mechanism 'magic'"),

@@ -6,6 +6,7 @@ import pytest
 
 from fedsea.errors import ConfigError
 from fedsea.privacy.accounts import Budget
+from fedsea.privacy.clipping import Clipping
 from fedsea.privacy.gaussian import Gaussian
 from fedsea.privacy.mechanism import Unit
 from fedsea.privacy.planning import Goal, Load, plan
@@ -58,6 +59,21 @@ def test_the_gaussian_plan_is_the_closed_form():
     assert one.noise_ratio == pytest.approx(13.6, rel=1e-2)
     assert one.epsilon_each == one.epsilon
     assert many.epsilon_each < many.epsilon
+
+
+def test_training_is_planned_for_rows_and_holds_for_whole_examples():
+    """Clipped whole to C sqrt(n) at mu sqrt(n), an example has the same noise and the same total."""
+    uses, tokens = 30, 16
+    goal, load = Goal(Budget(mu=2.0)), Load.training(uses, tokens, width=128, clip_norm=3.0)
+    (made,) = plan(goal, load, ["gaussian"])
+    assert isinstance(made.mechanism, Gaussian)
+    whole = Gaussian(
+        3.0 * math.sqrt(tokens), made.mechanism.mu * math.sqrt(tokens), Clipping.FROBENIUS
+    )
+
+    assert load.releases == 2 * uses * tokens
+    assert whole.sigma == pytest.approx(made.noise)
+    assert whole.loss().composed(2 * uses).mu() == pytest.approx(made.mu)
 
 
 def test_only_what_is_asked_for_is_searched():
