@@ -1,4 +1,4 @@
-"""`fedsea privacy calibrate`, `train-projection` and `train-denoiser`: learning from public text.
+"""`fedsea privacy calibrate` and `fedsea privacy train-...`: learning from public text.
 
 What they write may be given away, because all of it comes from text that the user declares public.
 An interrupted training goes on where it was when the same command is given again.
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _TRAINING = "Training"
 _SHARES = (0.5, 0.9, 0.95, 0.99, 1.0)
 _PLAIN = "plain"
+_COLUMNS = {"error": "relative error", "perplexity": "perplexity", "agreement": "agreement"}
 
 
 class Objective(StrEnum):
@@ -35,6 +36,14 @@ class Objective(StrEnum):
 
     MSE = "mse"
     NLL = "nll"
+
+
+class Part(StrEnum):
+    """Whose blocks an adapter changes."""
+
+    BOTTOM = "bottom"
+    TRUNK = "trunk"
+    TOP = "top"
 
 
 Text = Annotated[
@@ -54,6 +63,14 @@ MechanismSpec = Annotated[
 ProjectionFile = Annotated[
     Path | None,
     typer.Option("--projection", help="Projection at the cut.", metavar="FILE", show_default=False),
+]
+
+
+Calibrated = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration", help="Centre of the mechanism.", metavar="FILE", show_default=False
+    ),
 ]
 
 
@@ -203,10 +220,7 @@ def train_denoiser(
     bottom: Bottom = 1,
     top: Top = 1,
     projection: ProjectionFile = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="Centre of the mechanism.", metavar="FILE", show_default=False),
-    ] = None,
+    calibration: Calibrated = None,
     inner: Annotated[int, typer.Option(help="Inner size of the denoiser.")] = 128,
     layers: Annotated[int, typer.Option(help="Layers of the denoiser.")] = 2,
     heads: Annotated[int, typer.Option(help="Attention heads of the denoiser.")] = 4,
@@ -239,11 +253,71 @@ def train_denoiser(
     _show(out, "", rows, as_json)
 
 
+def train_prompt(
+    model: Model,
+    *,
+    text: Text,
+    out: Annotated[
+        Path, typer.Option(help="Folder to write into.", metavar="FOLDER", show_default=False)
+    ],
+    bottom: Bottom = 1,
+    top: Top = 1,
+    mechanism: MechanismSpec = _PLAIN,
+    projection: ProjectionFile = None,
+    calibration: Calibrated = None,
+    rows: Annotated[int, typer.Option(help="Rows of the prompt; 0 for none.")] = 20,
+    adapter_rank: Annotated[
+        int, typer.Option(help="Rank of a LoRA adapter trained with it; 0 for none.", min=0)
+    ] = 0,
+    adapter_part: Annotated[
+        list[Part] | None,
+        typer.Option(
+            help="Whose blocks the adapter changes; repeat it for several.", show_default="trunk"
+        ),
+    ] = None,
+    training: TrainingOptions,
+    as_json: AsJson = False,
+) -> None:
+    """Train a soft prompt: rows in front of every sequence in the trunk, which make up for noise.
+
+    It is for one checkpoint and one bottom. FOLDER/prompt and FOLDER/adapter have PEFT's format; a
+    server serves them to the tenants that its configuration names.
+    """
+    with _progress("training the prompt") as on_progress:
+        from fedsea.evaluation import prompt_training
+        from fedsea.evaluation.releasing import Cut
+        from fedsea.evaluation.training import state_file
+        from fedsea.model.lora import LoraConfig
+
+        recipe = prompt_training.Recipe(
+            rows,
+            LoraConfig(rank=adapter_rank, alpha=2.0 * adapter_rank) if adapter_rank else None,
+            tuple(
+                prompt_training.Part(part.value)
+                for part in dict.fromkeys(adapter_part or (Part.TRUNK,))
+            ),
+            training.schedule(),
+            training.batch,
+            training.seed,
+        )
+        frozen, public = _open(model, bottom, top, text, training.window)
+        pair = _projection(projection, frozen)
+        chosen = _mechanism(mechanism, calibration, frozen, pair)
+        state = state_file(out)
+        done = prompt_training.train_prompt(
+            frozen, public, recipe, Cut(public.prefix, chosen, pair), state, on_progress
+        )
+    done.tuned.save(out, frozen.checkpoint.name)
+    state.unlink(missing_ok=True)
+    _show(out, "", {"without": done.without, "start": done.start, "end": done.end}, as_json)
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to the group `fedsea privacy`."""
     app.command("calibrate")(calibrate)
     app.command("train-projection")(flattened(train_projection))
     app.command("train-denoiser")(flattened(train_denoiser))
+    app.command("train-prompt")(flattened(train_prompt))
 
 
 @contextmanager
@@ -292,16 +366,16 @@ def _mechanism(
 
 
 def _show(out: Path, fingerprint: str, rows: dict[str, Any], as_json: bool) -> None:
-    columns = ("error", "perplexity", "agreement")
+    columns = [name for name in _COLUMNS if all(hasattr(row, name) for row in rows.values())]
     if as_json:
         figures = {
             name: {column: getattr(row, column) for column in columns} for name, row in rows.items()
         }
         screen.write_json({"file": str(out), "fingerprint": fingerprint, "held_out": figures})
         return
-    table = screen.table("held-out public text", "", "relative error", "perplexity", "agreement")
+    table = screen.table("held-out public text", "", *(_COLUMNS[column] for column in columns))
     for name, row in rows.items():
-        cells = (row.error, row.perplexity, row.agreement)
+        cells = (getattr(row, column) for column in columns)
         table.add_row(name, *("" if cell is None else f"{cell:.4g}" for cell in cells))
     screen.out.print(table)
     screen.write(f"{out}\n")

@@ -1,4 +1,4 @@
-"""`fedsea privacy calibrate`, `train-projection` and `train-denoiser`, in this process."""
+"""`fedsea privacy calibrate` and the trainings on public text, in this process."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import random
 
 import pytest
 
+from fedsea.model.adapters import read_adapter
 from fedsea.model.checkpoint import Checkpoint
+from fedsea.model.partition import Span
 from fedsea.model.projection import Projection
+from fedsea.model.prompts import read_prompt
 from fedsea.privacy.calibration import Calibration
 from fedsea.privacy.denoiser import Denoiser
 
@@ -80,6 +83,61 @@ def test_calibration_projection_and_denoiser_work_together(fedsea, tiny_model, t
     assert found.purpose.projection == Projection.load(pair).fingerprint()
     assert "center=" in found.purpose.mechanism
     assert (found.shape.hidden, found.shape.noise) == (HIDDEN, WIDTH)
+
+
+def test_a_prompt_is_trained_with_an_adapter(fedsea, tiny_model, text, tmp_path):
+    """Both folders are in PEFT's format, the state is gone, and held-out figures are shown."""
+    pair, out = tmp_path / "pair", tmp_path / "tuned"
+    shared = (tiny_model, "--text", text, "--window", 12, "--batch", 2)
+    done = fedsea("privacy", "train-projection", *shared, "--steps", 0, "--width", WIDTH,
+                  "--out", pair)  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    done = fedsea("privacy", "train-prompt", *shared, "--steps", 2, "--projection", pair,
+                  "--mechanism", "stochastic-quantization:bits=2,clip=0.5,mu=20",
+                  "--rows", 3, "--adapter-rank", 2, "--adapter-part", "trunk",
+                  "--adapter-part", "top", "--json", "--out", out)  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    prompt = read_prompt(out / "prompt")
+    assert prompt.count == 3
+    prompt.check_fits(HIDDEN, 1, Checkpoint.open(tiny_model).fingerprint())
+    blocks = {place.block for place in read_adapter(out / "adapter", Span(0, 5)).factors}
+    assert blocks == {1, 2, 3, 4}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pair", "tuned"]
+    held_out = json.loads(done.stdout)["held_out"]
+    assert set(held_out) == {"without", "start", "end"}
+    assert set(held_out["end"]) == {"perplexity", "agreement"}
+
+
+def test_a_prompt_without_noise_is_shown_as_a_table(fedsea, tiny_model, text, tmp_path):
+    """Mode plain is allowed; there is no column for what was not measured."""
+    done = fedsea("privacy", "train-prompt", tiny_model, "--text", text, "--rows", 2,
+                  "--out", tmp_path / "tuned", *SHORT)  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    assert "perplexity" in done.stdout
+    assert "error" not in done.stdout
+    assert sorted(path.name for path in (tmp_path / "tuned").iterdir()) == ["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--rows", -1), "rows"),
+        (("--rows", 0), "nothing is trained"),
+        (("--adapter-rank", 2, "--adapter-part", "top", "--top", 0), "top has no blocks"),
+        (("--mechanism", "noise:x=1"), "known"),
+        (("--learning-rate", 0), "learning rate"),
+    ],
+)
+def test_a_prompt_that_cannot_be_trained_is_one_clear_line(
+    fedsea, tiny_model, text, out, arguments, message
+):
+    """Nothing is written."""
+    done = fedsea("privacy", "train-prompt", tiny_model, "--text", text, "--out", out,
+                  "--window", 12, *arguments)  # fmt: skip
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not out.exists()
 
 
 def test_a_client_bundle_trains_for_the_rows(fedsea, tiny_model, text, tmp_path):
