@@ -24,7 +24,18 @@ from fedsea.transport.recording import Direction, Message
 from fedsea.wire.codecs import Codec, RowFormat
 from fedsea.wire.framing import decode_event
 from fedsea.wire.limits import DEFAULT_LIMITS
-from fedsea.wire.messages import Append, Begin, Drop, Fork, Open, Output, Role, Rollback
+from fedsea.wire.messages import (
+    Append,
+    Begin,
+    Drop,
+    Event,
+    Fork,
+    Open,
+    OpenTraining,
+    Output,
+    Role,
+    Rollback,
+)
 
 
 class Repeats(Enum):
@@ -159,8 +170,9 @@ class ServerView:
         return Chain(self.opened.up_format(self.hidden_size), tuple(releases), returned)
 
     def _take(self, message: Message) -> None:
-        sender = Role.CLIENT if message.direction is Direction.UP else Role.SERVER
-        event = decode_event(message.data, sender, DEFAULT_LIMITS)
+        event = decoded(message)
+        if isinstance(event, OpenTraining):
+            raise ConfigError("the recording is of a training: attack it with --training")
         if isinstance(event, Open):
             self._check_same_format(event)
             self._sessions.append(_Session(event))
@@ -204,11 +216,7 @@ class ServerView:
 
     def _append(self, session: _Session, event: Append) -> dict[tuple[int, int], _Node]:
         written = session.opened.up_format(self.hidden_size)
-        rows = (
-            written.counts(event.rows, event.count)
-            if written.codec is Codec.COUNTS
-            else written.decode(event.rows, event.count)
-        )
+        rows = released(written, event.rows, event.count)
         size = written.row_bytes
         data = bytes(event.rows)
         added: dict[tuple[int, int], _Node] = {}
@@ -234,6 +242,22 @@ class ServerView:
         )
         for place, row in zip(places, rows, strict=True):
             sent[place].returned = row
+
+
+def decoded(message: Message) -> Event:
+    """The event of a recorded message.
+
+    Raises:
+        RemoteProtocolError: it is not one of this protocol.
+    """
+    sender = Role.CLIENT if message.direction is Direction.UP else Role.SERVER
+    return decode_event(message.data, sender, DEFAULT_LIMITS)
+
+
+def released(written: RowFormat, data: bytes | memoryview, count: int) -> Tensor:
+    """Rows [count, width] as the mechanism made them: uint8 counts, or floats."""
+    is_counted = written.codec is Codec.COUNTS
+    return written.counts(data, count) if is_counted else written.decode(data, count)
 
 
 def _paths(root: _Node) -> Iterator[list[_Node]]:

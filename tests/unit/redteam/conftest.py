@@ -19,7 +19,7 @@ from fedsea.transport.recording import Direction, Message
 from fedsea.wire.codecs import Codec, RowFormat
 from fedsea.wire.framing import encode_event
 from fedsea.wire.limits import DEFAULT_LIMITS
-from fedsea.wire.messages import Event, Opened, Output
+from fedsea.wire.messages import Event, ServerEvent
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +59,7 @@ def recorded(*events: Event) -> list[Message]:
     """Events of both sides as recorded messages."""
     return [
         Message(
-            Direction.DOWN if isinstance(event, Output | Opened) else Direction.UP,
+            Direction.DOWN if isinstance(event, ServerEvent) else Direction.UP,
             float(index),
             encode_event(event, DEFAULT_LIMITS),
         )

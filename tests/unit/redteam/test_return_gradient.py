@@ -61,7 +61,8 @@ def labels(secret: Tensor) -> Tensor:
 @pytest.fixture(scope="module")
 def rows(hidden_states, labels) -> Tensor:
     """Activations at the second cut; which block made them is of no matter."""
-    return hidden_states[3][: len(labels)]
+    states: Tensor = hidden_states[3]
+    return states[: len(labels)]
 
 
 def everywhere(count: int, step: int | None = None) -> Scored:
