@@ -131,6 +131,8 @@ def common_limits(ours: Limits, served: Description) -> Limits:
         max_segments=min(ours.max_segments, served.max_segments),
         max_sequences=min(ours.max_sequences, served.max_sequences),
         max_pending=min(ours.max_pending, served.max_pending),
+        # A server that trains nothing says 0; then the cap is never reached.
+        max_forwards=min(ours.max_forwards, served.max_forwards or ours.max_forwards),
     )
 
 

@@ -136,7 +136,7 @@ class Adapter(nn.Module):
             generator: draws A on the CPU, place after place.
 
         Raises:
-            ConfigError: a target is no linear of these blocks.
+            ConfigError: there are linears, and none is a target.
         """
         check_targets(config, linears)
         factors = {}
@@ -313,16 +313,16 @@ def adapt(blocks: nn.Module, span: Span, context: AdapterContext, targets: Seque
 
 
 def check_targets(config: LoraConfig, linears: Mapping[Place, nn.Module]) -> None:
-    """Refuse names that no linear has.
+    """Refuse targets of which no linear has any; blocks of one model may differ in their linears.
 
     Raises:
         ConfigError: with the names that there are.
     """
     known = {place.target for place in linears}
-    unknown = [target for target in config.targets if target not in known]
-    if linears and unknown:
+    if linears and not known.intersection(config.targets):
         raise ConfigError(
-            f"lora target {unknown[0]!r} is no linear of this model; use {', '.join(sorted(known))}"
+            f"lora target {config.targets[0]!r} is no linear of these blocks; "
+            f"use {', '.join(sorted(known))}"
         )
 
 

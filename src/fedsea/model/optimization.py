@@ -182,8 +182,20 @@ def step_generator(
     Its seed is the first eight bytes of SHA-256 of the text "fedsea dropout SEED STEP INDEX", so a
     forward that is computed again, in whatever process, draws the same numbers.
     """
-    digest = hashlib.sha256(f"fedsea dropout {seed} {step} {index}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little"))
+    seeded = _hashed(f"fedsea dropout {seed} {step} {index}")
+    return torch.Generator(device).manual_seed(seeded)
+
+
+def part_seed(seed: int, part: str) -> int:
+    """The seed of one part ("bottom", "trunk", "top"): 63 bits that do not tell `seed` to others.
+
+    The first eight bytes of SHA-256 of the text "fedsea part SEED PART", without the highest bit.
+    """
+    return _hashed(f"fedsea part {seed} {part}") >> 1
+
+
+def _hashed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 def _check_step(learning_rate: float, max_grad_norm: float | None, scale: float) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedsea.errors import CheckpointError, ConfigError, NotFinite
-from fedsea.model.optimization import AdamWConfig, AdapterOptimizer, step_generator
+from fedsea.model.optimization import AdamWConfig, AdapterOptimizer, part_seed, step_generator
 
 
 def parameters(seed: int = 1) -> dict[str, nn.Parameter]:
@@ -206,3 +206,10 @@ def test_generators_follow_from_seed_step_and_forward():
     assert torch.equal(draw(1, 2, 3), draw(1, 2, 3))
     for other in ((0, 2, 3), (1, 3, 3), (1, 2, 4), (12, 3, 0)):
         assert not torch.equal(draw(1, 2, 3), draw(*other))
+
+
+def test_parts_have_seeds_of_their_own():
+    """Bottom, trunk and top draw different numbers from one seed, which fit in 63 bits."""
+    seeds = {part_seed(seed, part) for seed in (0, 1) for part in ("bottom", "trunk", "top")}
+    assert len(seeds) == 6
+    assert all(0 <= seed < 2**63 for seed in seeds)
