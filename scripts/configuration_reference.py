@@ -24,6 +24,8 @@ from fedsea.server.config import (
     AdapterSection,
     AdaptersSection,
     LimitsSection,
+    PromptSection,
+    PromptsSection,
     QuotaSection,
     QuotasSection,
     ServerConfig,
@@ -68,6 +70,12 @@ MEANINGS = {
     "log.format": _choice("how lines are written to standard error", LOG_FORMATS),
     "log.level": _choice("the least that is logged", LOG_LEVELS),
 }
+_OWNERS: dict[type[Any], type[Any]] = {
+    QuotasSection: QuotaSection,
+    AdaptersSection: AdapterSection,
+    PromptsSection: PromptSection,
+}
+_NAMED: dict[type[Any], str] = {AdaptersSection: "adapter", PromptsSection: "soft prompt"}
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "text", Path: "path"}
 _ATTRIBUTE = re.compile(r"^    (\w+): (.+(?:\n        .+)*)", re.MULTILINE)
 
@@ -79,10 +87,10 @@ def page() -> str:
 
 
 def _section(name: str, section: type[Any]) -> str:
-    owner = {QuotasSection: QuotaSection, AdaptersSection: AdapterSection}.get(section, section)
+    owner = _OWNERS.get(section, section)
     lines = [f"## {name}", "", _summary(owner), ""]
-    if section is AdaptersSection:
-        lines += ["Each adapter has a section `[adapters.NAME]` of its own.", ""]
+    if section in _NAMED:
+        lines += [f"Each {_NAMED[section]} has a section `[{name}.NAME]` of its own.", ""]
     lines += ["| key | value | default | |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(cells)} |" for cells in _rows(name, owner)] + [""]
     return "\n".join([*lines, QUOTAS] if section is QuotasSection else lines)

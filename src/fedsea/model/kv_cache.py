@@ -51,6 +51,15 @@ class KVCache:
         for store in (*self.keys, *self.values):
             store[target : target + copy.rows] = store[source : source + copy.rows]
 
+    def read(self, slots: Tensor) -> list[Tensor]:
+        """A copy of the rows `slots` (n,): keys and values of every block."""
+        return [store[slots] for store in (*self.keys, *self.values)]
+
+    def write(self, slots: Tensor, rows: Sequence[Tensor]) -> None:
+        """Write what `read` gave to the rows `slots` (n,)."""
+        for store, part in zip((*self.keys, *self.values), rows, strict=True):
+            store.index_copy_(0, slots, part)
+
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":

@@ -8,7 +8,8 @@ writes into one that others read.
 Rows of a sequence should lie in one run of pages, because attention reads a run without a copy.
 A new sequence therefore claims a run of pages for its whole capacity, and grows inside its claim.
 A claim keeps others away as long as they find room elsewhere and is no promise: fragmentation
-costs speed, never a refusal.
+costs speed, never a refusal. A fork of whole pages continues behind them where that is free, so
+that a sequence that is forked once and never grows itself is one run with its fork.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ class KVPool:
         Raises:
             LocalProtocolError: the account has such a sequence already.
         """
-        self._new_sequence(self._accounts[account], sequence, capacity, shared_rows=0)
+        self._new_sequence(self._accounts[account], sequence, capacity)
 
     def extend(self, account: int, sequence: int, rows: int) -> tuple[PageCopy, ...]:
         """Make room for `rows` more rows and count them as written.
@@ -249,11 +250,23 @@ class KVPool:
             raise LocalProtocolError(
                 f"cannot fork {length} rows of {origin.length}; give a smaller length"
             )
-        forked = self._new_sequence(owner, target, capacity, shared_rows=length)
-        for page in origin.pages[: pages_for(length, self.page_rows)]:
+        shared = origin.pages[: pages_for(length, self.page_rows)]
+        behind = shared[-1] + 1 if shared and not length % self.page_rows else None
+        forked = self._new_sequence(owner, target, capacity, length, behind)
+        for page in shared:
             owner.held[page] += 1
             forked.append_page(page)
         forked.length = length
+
+    def seal(self, account: int, sequence: int) -> None:
+        """Let others have what is claimed for a sequence's growth: it will not grow.
+
+        Raises:
+            LocalProtocolError: there is no such sequence.
+        """
+        sealed = self._accounts[account].sequence(sequence)
+        self._give_up_claim(sealed)
+        sealed.claim = 0
 
     def drop(self, account: int, sequence: int) -> None:
         """Forget a sequence.
@@ -315,13 +328,21 @@ class KVPool:
             raise AssertionError("an account holds more pages than it reserved")
 
     def _new_sequence(
-        self, owner: Account, number: int, capacity: int, shared_rows: int
+        self,
+        owner: Account,
+        number: int,
+        capacity: int,
+        shared_rows: int = 0,
+        preferred: int | None = None,
     ) -> Sequence:
         if number in owner.sequences:
             raise LocalProtocolError(f"sequence {number} exists already; drop it first")
         # Full shared pages are never written again, so only the rest needs a place.
         claim = pages_for(capacity, self.page_rows) - shared_rows // self.page_rows
-        home = self._states.find(bytes(claim))
+        free = bytes(claim)
+        home = self._states.find(free)
+        if preferred is not None and self._states.startswith(free, preferred):
+            home = preferred
         if home < 0:
             home = claim = 0
         self._states[home : home + claim] = bytes((_CLAIMED,)) * claim

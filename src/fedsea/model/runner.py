@@ -19,12 +19,17 @@ DEFAULT_PAGE_ROWS = 16
 
 @dataclass(frozen=True, slots=True)
 class NewRows:
-    """The next `count` rows of a sequence of an account of the pool, and their adapter."""
+    """The next `count` rows of a sequence of an account of the pool, and their adapter.
+
+    The first `skip` rows of the sequence in the pool hold nothing and are not read: positions
+    begin behind them.
+    """
 
     account: int
     sequence: int
     count: int
     adapter: Adapter | None = None
+    skip: int = 0
 
 
 class SpanRunner:
@@ -60,10 +65,10 @@ class SpanRunner:
         adapters: list[AdaptedRows] = []
         offset = 0
         for rows in new:
-            start = self.pool.sequence(rows.account, rows.sequence).length
+            start = self.pool.sequence(rows.account, rows.sequence).length - rows.skip
             for copy in self.pool.extend(rows.account, rows.sequence, rows.count):
                 self.cache.copy_page(copy, self.pool.page_rows)
-            run = self._locate(self.pool.sequence(rows.account, rows.sequence))
+            run = self._locate(self.pool.sequence(rows.account, rows.sequence), rows.skip)
             items.append(BatchItem(offset, start, rows.count, run))
             positions.extend(range(start, start + rows.count))
             slots.extend(_slots(run, start, rows.count))
@@ -79,18 +84,23 @@ class SpanRunner:
             tuple(adapters),
         )
 
+    def slots(self, account: int, sequence: int, start: int, count: int) -> Tensor:
+        """Rows of the cache (n,) that hold rows [start, start + count) of a sequence."""
+        run = self._locate(self.pool.sequence(account, sequence), 0)
+        return torch.tensor(_slots(run, start, count), device=self.placement.device)
+
     @torch.inference_mode()
     def run(self, rows: Tensor, batch: RaggedBatch, span: Span | None = None) -> Tensor:
         """Run the packed rows of a batch; see `BlockSpan.run`."""
         return self.span.run(rows, batch, span)
 
-    def _locate(self, sequence: Sequence) -> RowRun:
+    def _locate(self, sequence: Sequence, skip: int) -> RowRun:
         page_rows = self.pool.page_rows
         if sequence.is_one_run:
-            return RowRun(sequence.first_page * page_rows, None)
+            return RowRun(sequence.first_page * page_rows + skip, None)
         pages = torch.tensor(sequence.pages, device=self.placement.device)
         within = torch.arange(page_rows, device=self.placement.device)
-        return RowRun(0, (pages[:, None] * page_rows + within).reshape(-1))
+        return RowRun(0, (pages[:, None] * page_rows + within).reshape(-1)[skip:])
 
 
 def _slots(run: RowRun, start: int, count: int) -> list[int]:

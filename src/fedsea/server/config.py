@@ -25,6 +25,8 @@ DTYPES = ("fp32", "bf16", "fp16")
 QUANTIZATIONS = ("none", "int8", "nf4")
 DEVICES = ("cpu", "cuda", "mps")
 MIN_ROWS = 16
+EVERY_TENANT = "*"
+"""Stands for all tenants where it is said who may use something; no tenant has this name."""
 LOG_FORMATS = ("console", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -261,6 +263,29 @@ class AdaptersSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSection:
+    """A soft prompt that sessions name in place of NAME.
+
+    Attributes:
+        folder: where it is, in PEFT's format.
+        tenants: who may name it; `["*"]` for everybody, and for all others it does not exist.
+    """
+
+    folder: Path
+    tenants: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        _need(bool(self.tenants), "a soft prompt without tenants is used by nobody; name some")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptsSection:
+    """All soft prompts by name."""
+
+    named: Mapping[str, PromptSection] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LimitsSection:
     """Caps on what one message and one session may hold; see `fedsea.wire.limits`."""
 
@@ -305,6 +330,7 @@ class ServerConfig:
     security: SecuritySection = field(default_factory=SecuritySection)
     attestation: AttestationSection = field(default_factory=AttestationSection)
     adapters: AdaptersSection = field(default_factory=AdaptersSection)
+    prompts: PromptsSection = field(default_factory=PromptsSection)
     limits: LimitsSection = field(default_factory=LimitsSection)
     metrics: MetricsSection = field(default_factory=MetricsSection)
     log: LogSection = field(default_factory=LogSection)
@@ -348,8 +374,9 @@ class ServerConfig:
         _check_keys({**table, **(overrides or {})}, sections, "the configuration")
         built: dict[str, Any] = {}
         for name, section in sections.items():
-            if section is AdaptersSection:
-                built[name] = _adapters(_table_at(table, name), base)
+            if section in (AdaptersSection, PromptsSection):
+                entry = AdapterSection if section is AdaptersSection else PromptSection
+                built[name] = section(named=_named(entry, name, _table_at(table, name), base))
                 continue
             own = _with_base(_table_at(table, name), section, base)
             keys = {**own, **(overrides or {}).get(name, {})}
@@ -381,17 +408,16 @@ def _quotas(table: _Table) -> QuotasSection:
     )
 
 
-def _adapters(table: _Table, base: Path | None) -> AdaptersSection:
-    return AdaptersSection(
-        named={
-            name: _section(
-                AdapterSection,
-                f"adapters.{name}",
-                _with_base(_table_at(table, name, f"adapters.{name}"), AdapterSection, base),
-            )
-            for name in table
-        }
-    )
+def _named(entry: type[_S], section: str, table: _Table, base: Path | None) -> dict[str, _S]:
+    """One `entry` for each name in a section."""
+    return {
+        name: _section(
+            entry,
+            f"{section}.{name}",
+            _with_base(_table_at(table, name, f"{section}.{name}"), entry, base),
+        )
+        for name in table
+    }
 
 
 def _section(section: type[_S], name: str, table: _Table) -> _S:

@@ -27,7 +27,9 @@ from fedsea.errors import ConfigError, FedseaError, LocalProtocolError, RemotePr
 from fedsea.model.lora import Adapter
 from fedsea.model.partition import Span
 from fedsea.model.projection import Projection
+from fedsea.model.prompts import SoftPrompt
 from fedsea.model.runner import NewRows, SpanRunner
+from fedsea.server import prompts
 from fedsea.server.jobs import Job, Piece
 from fedsea.server.logs import get_logger
 from fedsea.server.metrics import Metrics
@@ -61,7 +63,8 @@ class Work:
     """A session as the engine knows it; `account` is that of the KV pool, None while not open.
 
     Rows come in the format `up`; `projection` widens them when it is not None, and the blocks add
-    what `adapter` says.
+    what `adapter` says. With a `prompt`, every sequence begins behind `first` rows of the KV pool
+    that its client does not count.
     """
 
     tenant: str
@@ -71,6 +74,8 @@ class Work:
     receiver: Receiver
     projection: Projection | None = None
     adapter: Adapter | None = None
+    prompt: SoftPrompt | None = None
+    first: int = 0
     number: int = -1
     account: int | None = None
     queue: deque[tuple[WorkEvent, float]] = field(default_factory=deque)
@@ -102,8 +107,11 @@ class _Share:
     def new_rows(self) -> list[NewRows]:
         account = self.work.account
         assert account is not None
-        adapter = self.work.adapter
-        return [NewRows(account, piece.sequence, piece.count, adapter) for piece in self.pieces]
+        adapter, prompt = self.work.adapter, self.work.prompt
+        skip = 0 if prompt is None else self.work.first - prompt.count
+        return [
+            NewRows(account, piece.sequence, piece.count, adapter, skip) for piece in self.pieces
+        ]
 
 
 class Engine:
@@ -133,6 +141,7 @@ class Engine:
     ) -> None:
         self._runner = runner
         self._pool = runner.pool
+        self._prompts = prompts.PromptRows(runner)
         self._scheduler = scheduler
         self._hidden_size = hidden_size
         self._metrics = metrics
@@ -181,9 +190,11 @@ class Engine:
     async def open(self, work: Work, reserve_rows: int) -> None:
         """Reserve KV rows for a session; `close` must follow, even after an error.
 
+        A prompt takes whole pages besides.
+
         Raises:
             Capacity: the pool has too few rows left.
-            FedseaError: the engine has stopped.
+            FedseaError: the engine has stopped, or the prompt cannot be computed.
         """
         assert self._loop is not None
         if self.stopped.is_set():
@@ -325,7 +336,7 @@ class Engine:
     def _open(self, work: Work, reserve_rows: int, answer: asyncio.Future[None]) -> None:
         refusal: FedseaError | None = None
         try:
-            work.account = self._pool.open(reserve_rows)
+            work.account = self._open_account(work, reserve_rows)
         except FedseaError as error:
             refusal = error
         else:
@@ -335,6 +346,20 @@ class Engine:
             self._scheduler.add(work.number, work.tenant)
             self._unchecked = True
         self._call_loop(_answer, answer, refusal)
+
+    def _open_account(self, work: Work, reserve_rows: int) -> int:
+        if work.prompt is None:
+            return self._pool.open(reserve_rows)
+        work.first = prompts.reserved_rows(work.prompt, self._pool.page_rows)
+        account = self._pool.open(reserve_rows + work.first)
+        try:
+            self._prompts.lay(account, work.prompt, work.adapter, reserve_rows)
+        except Exception as error:  # noqa: BLE001
+            # As with a step: torch raises whatever its backend raises.
+            self._pool.close(account)
+            _log.error("prompt_failed", error=type(error).__name__)
+            raise FedseaError(FAILED_STEP) from None
+        return account
 
     def _accept(self, work: Work, event: WorkEvent, arrived: float) -> None:
         if work.account is not None:
@@ -374,13 +399,22 @@ class Engine:
                 self._scheduler.offer(work.number, job.count, arrived)
                 work.job = job
             case Begin():
-                self._pool.begin(account, event.sequence, event.capacity)
-            case Fork():
-                self._pool.fork(account, event.source, event.target, event.length, event.capacity)
+                self._begin(account, event, work.first)
+            case Fork(source=source, target=target):
+                length, capacity = event.length + work.first, event.capacity + work.first
+                self._pool.fork(account, source, target, length, capacity)
             case Rollback():
-                self._pool.rollback(account, event.sequence, event.length)
+                self._pool.rollback(account, event.sequence, event.length + work.first)
             case Drop():
                 self._pool.drop(account, event.sequence)
+
+    def _begin(self, account: int, event: Begin, first: int) -> None:
+        """A new sequence: an empty one, or one that begins as the prompt's `first` rows."""
+        if not first:
+            self._pool.begin(account, event.sequence, event.capacity)
+            return
+        self._pool.seal(account, prompts.SEQUENCE)
+        self._pool.fork(account, prompts.SEQUENCE, event.sequence, first, event.capacity + first)
 
     def step(self) -> None:
         """Schedule, run, postprocess."""

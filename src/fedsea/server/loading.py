@@ -19,6 +19,7 @@ from fedsea.model.runner import SpanRunner
 from fedsea.model.spans import BlockSpan, Placement, load_trunk
 from fedsea.server.adapters import AdapterTable
 from fedsea.server.config import MIN_ROWS, KVSection, ModelSection, ServerConfig, parse_bytes
+from fedsea.server.prompts import PromptTable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FREE_MEMORY_SHARE = 0.5
@@ -27,7 +28,10 @@ MAX_SEQUENCES_BY_DEFAULT = 64
 
 @dataclass(frozen=True, slots=True)
 class Trunk:
-    """A loaded span with its KV pool, what it was loaded from, projections by fingerprint, adapters."""
+    """A loaded span with its KV pool, what it was loaded from, and what sessions may name.
+
+    Projections are found by their fingerprint, adapters and soft prompts by name and tenant.
+    """
 
     checkpoint: Checkpoint
     fingerprint: str
@@ -36,6 +40,7 @@ class Trunk:
     max_context: int
     projections: Mapping[str, Projection] = field(default_factory=dict)
     adapters: AdapterTable = field(default_factory=AdapterTable)
+    prompts: PromptTable = field(default_factory=PromptTable)
 
 
 def load(config: ServerConfig) -> Trunk:
@@ -56,6 +61,8 @@ def load(config: ServerConfig) -> Trunk:
     rows = _pool_rows(config.kv, blocks, placement, context)
     runner = SpanRunner(blocks, rows, placement, config.kv.page_rows)
     adapters = AdapterTable.load(config.adapters.named, blocks, placement)
+    max_context = min(context, rows)
+    prompts = PromptTable.load(config.prompts.named, checkpoint, span, placement, max_context)
     if config.model.compile:
         compile_decode(blocks)
     return Trunk(
@@ -63,9 +70,10 @@ def load(config: ServerConfig) -> Trunk:
         fingerprint=checkpoint.fingerprint(),
         span=span,
         runner=runner,
-        max_context=min(context, rows),
+        max_context=max_context,
         projections=projections,
         adapters=adapters,
+        prompts=prompts,
     )
 
 

@@ -29,6 +29,7 @@ from fedsea.server.config import LimitsSection, ServerConfig
 from fedsea.server.engine import Engine, Work
 from fedsea.server.logs import get_logger
 from fedsea.server.metrics import Metrics
+from fedsea.server.prompts import reserved_rows
 from fedsea.server.quotas import Admissions, TokenBucket
 from fedsea.server.scheduler import Scheduler
 from fedsea.server.session import Session
@@ -60,6 +61,7 @@ class TrunkService:
         self.trunk = trunk
         self.metrics = metrics or Metrics()
         self._config = config.server
+        self._page_rows = config.kv.page_rows
         self._limits = wire_limits(config.limits)
         self._hidden_size = trunk.checkpoint.hidden_size
         self.description = _describe(config, trunk, self._limits)
@@ -138,16 +140,18 @@ class TrunkService:
         span = self._check(request)
         projection = self._projection(request)
         adapter = self.trunk.adapters.of(peer.tenant, request.adapter)
+        prompt = self.trunk.prompts.of(peer.tenant, request.prompt, request.first_block)
         session = Session(
             stream,
             connection,
             self.engine,
-            max_context=self.trunk.max_context,
+            max_context=self.trunk.max_context - (0 if prompt is None else prompt.count),
             idle_timeout=self._config.idle_timeout_s,
         )
         up = request.up_format(self._hidden_size)
-        work = Work(peer.tenant, span, up, request.down_codec, session, projection, adapter)
-        with self._admissions.admitted(peer.tenant, request.reserve_rows):
+        work = Work(peer.tenant, span, up, request.down_codec, session, projection, adapter, prompt)
+        taken = request.reserve_rows + reserved_rows(prompt, self._page_rows)
+        with self._admissions.admitted(peer.tenant, taken):
             try:
                 await self.engine.open(work, request.reserve_rows)
                 self._check_draining()

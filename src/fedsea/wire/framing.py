@@ -235,6 +235,7 @@ def _write_open(event: Open) -> bytes:
         up_levels=event.up_levels,
         up_scale=event.up_scale,
         projection=event.projection,
+        prompt=event.prompt,
     )
     return pb.ClientMessage(open=message).SerializeToString()
 
@@ -449,6 +450,7 @@ def _read_open(data: bytes) -> Open:
         up_levels=body.up_levels,
         up_scale=body.up_scale,
         projection=body.projection,
+        prompt=body.prompt,
     )
 
 

@@ -65,6 +65,7 @@ class Open:
     Rows go up in `up_codec` with `up_width` numbers each, 0 for the hidden size; for counts,
     `up_levels` and `up_scale` say what a count means. Rows of another width than the hidden size
     are widened at the server by its half of `projection`, named by the fingerprint of the pair.
+    `adapter` and `prompt` are names that the server has for what its blocks compute with.
     """
 
     fingerprint: str
@@ -79,6 +80,7 @@ class Open:
     up_levels: int = 0
     up_scale: float = 0.0
     projection: str = ""
+    prompt: str = ""
 
     def up_format(self, hidden_size: int) -> RowFormat:
         """How the rows of every Append are written.

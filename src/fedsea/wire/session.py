@@ -100,6 +100,7 @@ class SessionRules:
 
     def _open(self, event: Open, fault: Fault) -> None:
         self._check_opening(event, fault)
+        check_text("prompt", event.prompt, self._limits.max_text, fault)
         try:
             up, down = event.up_format(self._hidden_size), event.down_format(self._hidden_size)
         except ConfigError as error:

@@ -91,7 +91,7 @@ class ServerMessage(_message.Message):
     def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ..., activations: _Optional[_Union[Activations, _Mapping]] = ..., gradients: _Optional[_Union[Gradients, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ..., saved: _Optional[_Union[Saved, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("protocol", "fingerprint", "first_block", "end_block", "up_codec", "down_codec", "reserve_rows", "adapter", "up_width", "up_levels", "up_scale", "projection")
+    __slots__ = ("protocol", "fingerprint", "first_block", "end_block", "up_codec", "down_codec", "reserve_rows", "adapter", "up_width", "up_levels", "up_scale", "projection", "prompt")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
@@ -104,6 +104,7 @@ class Open(_message.Message):
     UP_LEVELS_FIELD_NUMBER: _ClassVar[int]
     UP_SCALE_FIELD_NUMBER: _ClassVar[int]
     PROJECTION_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     fingerprint: str
     first_block: int
@@ -116,7 +117,8 @@ class Open(_message.Message):
     up_levels: int
     up_scale: float
     projection: str
-    def __init__(self, protocol: _Optional[int] = ..., fingerprint: _Optional[str] = ..., first_block: _Optional[int] = ..., end_block: _Optional[int] = ..., up_codec: _Optional[_Union[Codec, str]] = ..., down_codec: _Optional[_Union[Codec, str]] = ..., reserve_rows: _Optional[int] = ..., adapter: _Optional[str] = ..., up_width: _Optional[int] = ..., up_levels: _Optional[int] = ..., up_scale: _Optional[float] = ..., projection: _Optional[str] = ...) -> None: ...
+    prompt: str
+    def __init__(self, protocol: _Optional[int] = ..., fingerprint: _Optional[str] = ..., first_block: _Optional[int] = ..., end_block: _Optional[int] = ..., up_codec: _Optional[_Union[Codec, str]] = ..., down_codec: _Optional[_Union[Codec, str]] = ..., reserve_rows: _Optional[int] = ..., adapter: _Optional[str] = ..., up_width: _Optional[int] = ..., up_levels: _Optional[int] = ..., up_scale: _Optional[float] = ..., projection: _Optional[str] = ..., prompt: _Optional[str] = ...) -> None: ...
 
 class Opened(_message.Message):
     __slots__ = ("session_id", "idle_timeout_ms", "step")

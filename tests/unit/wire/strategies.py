@@ -49,7 +49,7 @@ doubles = st.floats(allow_nan=False)
 opens = st.builds(
     Open,
     *(names, uint32, uint32, codecs, codecs, uint32, names, uint32),
-    *(uint32, uint32, doubles, names),
+    *(uint32, uint32, doubles, names, names),
 )
 appends = st.builds(Append, uint64, segments(st.sampled_from(Want)), st.binary(max_size=64))
 loras = st.builds(

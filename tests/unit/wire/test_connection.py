@@ -175,6 +175,7 @@ OPENS = [
     (Open("f" * 600, 2, 6, Codec.FP32, Codec.FP32), "fingerprint"),
     (Open("f", 2, 6, Codec.FP32, Codec.FP32, adapter="a\nb"), "adapter"),
     (Open("f", 2, 6, Codec.FP32, Codec.FP32, projection="a\nb"), "projection"),
+    (Open("f", 2, 6, Codec.FP32, Codec.FP32, prompt="a\nb"), "prompt"),
     (Open("f", 2, 6, Codec.FP32, Codec.FP32, up_width=3), "need a projection"),
     (Open("f", 2, 6, Codec.FP32, Codec.FP32, up_width=5, projection="p"), "do not fit"),
     (Open("f", 2, 6, Codec.FP32, Codec.FP32, up_levels=3), "belong to the codec counts"),
