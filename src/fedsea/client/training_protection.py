@@ -31,6 +31,7 @@ were clipped. What the bottom learns from it stays here.
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
 from collections import OrderedDict
@@ -49,12 +50,11 @@ from fedsea.client.channel import format_of
 from fedsea.client.protection import (
     BOS,
     DEFAULT_TENANT,
-    Cut,
     PublicPrefix,
     account_line,
 )
 from fedsea.client.releases import Release, ReleaseStore
-from fedsea.errors import BudgetExceeded, ConfigError, LocalProtocolError, UnsafeRows
+from fedsea.errors import BudgetExceeded, ConfigError, LedgerError, LocalProtocolError, NotFinite
 from fedsea.privacy.accounts import DEFAULT_DELTA, Budget, Charge, Spending, Statement
 from fedsea.privacy.clipping import Clipping
 from fedsea.privacy.gaussian import Gaussian
@@ -85,6 +85,8 @@ ROWS_BARE = (
     "noise on the gradients alone protects no text: the rows that go up as they are can be inverted "
     "token by token; give the rows a mechanism too"
 )
+
+logger = logging.getLogger("fedsea.client")
 
 _DIGEST_BYTES = 16
 _TOKEN_BYTES = 8
@@ -163,7 +165,7 @@ class TrainingProtection:
 
     def applied(
         self,
-        cut: Cut,
+        hidden_size: int,
         train: Iterable[str],
         *,
         up: Codec = Codec.FP32,
@@ -174,11 +176,11 @@ class TrainingProtection:
         """The rules for one run; opens the ledger.
 
         Args:
-            cut: where rows leave.
+            hidden_size: numbers in a row of gradients, and in one of rows unless `width` says else.
             train: which of "bottom", "trunk" and "top" are trained.
             up: how rows travel that are floats.
             gradient: how gradients travel.
-            width: numbers in a row that goes up; None for the hidden size.
+            width: numbers in a row that goes up, behind a projection.
             tokenizer: of the model, for the public prefix.
 
         Raises:
@@ -186,9 +188,9 @@ class TrainingProtection:
             LedgerError: the ledger cannot be used.
         """
         here = sorted(set(train) - {"trunk"})
-        width = cut.hidden_size if width is None else width
+        width = hidden_size if width is None else width
         rows = _mechanism(self.rows, width)
-        gradients = _mechanism(self.gradients, cut.hidden_size)
+        gradients = _mechanism(self.gradients, hidden_size)
         if rows is None and gradients is None:
             raise ConfigError("neither rows nor gradients have a mechanism; leave privacy out")
         if gradients is not None and gradients.levels:
@@ -212,11 +214,13 @@ class TrainingProtection:
             ledger.close()
             raise
         plain = RowFormat(up, width)
+        if (warning := warning_about(rows, gradients)) is not None:
+            logger.warning("%s", warning)
         return TrainingPolicy(
             rows=Direction(
                 plain if rows is None else format_of(rows, width, up), rows, accounts[0]
             ),
-            gradients=Direction(RowFormat(gradient, cut.hidden_size), gradients, accounts[1]),
+            gradients=Direction(RowFormat(gradient, hidden_size), gradients, accounts[1]),
             of=Record(self.of),
             ledger=ledger,
             public=public,
@@ -277,14 +281,6 @@ class Direction:
         if self.mechanism is None:
             return None
         return Charge(self.mechanism.spec(), self.mechanism.loss(), releases)
-
-    def protect(self, rows: Tensor, noise: NoiseSource, scale: float = 1.0) -> bytes:
-        """One example as bytes; its numbers are `scale` times too large, and stay so."""
-        if self.mechanism is None:
-            return self.format.encode(rows)
-        if scale == 1.0:
-            return self.format.encode(self.mechanism.protect(rows, noise))
-        return self.format.encode(self.mechanism.protect(rows.double() / scale, noise) * scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,10 +422,9 @@ class TrainingGuard:
             Bytes in `rows_format`.
 
         Raises:
-            UnsafeRows: a row is not finite; nothing was charged.
+            NotFinite: a row is NaN or infinite, or too large for the codec; nothing was charged.
             BudgetExceeded, LedgerError: it could not be charged; nothing may be sent.
-            LocalProtocolError: rows and sequences do not belong together, or a value is too large
-                for the codec.
+            LocalProtocolError: rows and sequences do not belong together.
         """
         counts = [len(sequence) for sequence in sequences]
         if sum(counts) != len(rows):
@@ -441,7 +436,7 @@ class TrainingGuard:
         known = kept.get(index)
         if known is not None and known.keys == keys:
             return self._store.read(known.rows)
-        _check_finite(rows)
+        self._check_finite(rows, "a row")
         public = [self.policy.public.reaches(0, sequence) for sequence in sequences]
         data = self._protected(rows, counts, public)
         private = [count - free for count, free in zip(counts, public, strict=True)]
@@ -458,13 +453,14 @@ class TrainingGuard:
             index: of the forward.
             rows: (n, hidden), as many as the forward had.
             scale: the gradient is so many times too large, and stays so; clipping is meant for
-                the gradient itself.
+                the gradient itself. A step that is done anew with another scale sends the same
+                release in that scale.
 
         Returns:
             Bytes in `gradients_format`.
 
         Raises:
-            UnsafeRows: a number is not finite.
+            NotFinite: a number is NaN or infinite, or too large for the codec.
             LocalProtocolError: there is no such forward, or it had other rows.
         """
         forward = self._forwards.get(index)
@@ -472,25 +468,34 @@ class TrainingGuard:
             raise LocalProtocolError(
                 f"{len(rows)} rows of gradient belong to no forward of this step; fix the caller"
             )
+        direction = self.policy.gradients
         if forward.gradient is None:
-            _check_finite(rows)
-            protect, noise = self.policy.gradients.protect, self.policy.noise
+            self._check_finite(rows, "a gradient")
             parts = rows.detach().split(forward.counts)
-            data = b"".join(protect(part, noise, scale) for part in parts)
-            forward.gradient = self._store.put(data)
-        return self._store.read(forward.gradient)
+            data = b"".join(self._protect(direction, part, scale) for part in parts)
+        else:
+            data = self._store.read(forward.gradient)
+            if scale != forward.scale:
+                sent = direction.format.decode(data, len(rows))
+                data = self._encode(direction, sent * (scale / forward.scale))
+        if forward.gradient is None or scale != forward.scale:
+            forward.gradient, forward.scale = self._store.put(data), scale
+        return data
 
     def close(self) -> None:
-        """Settle with the ledger; safe to repeat. What was not used goes back.
+        """Settle with the ledger; safe to repeat.
 
-        Raises:
-            LedgerError: the ledger cannot be written; then it stays charged.
+        What was reserved and not used goes back. When the ledger cannot be written it stays
+        charged, which is no reason to lose what was trained.
         """
         self._forwards.clear()
         self._evaluations.clear()
         self._store.close()
-        self._rows.close()
-        self._gradients.close()
+        for purse in (self._rows, self._gradients):
+            try:
+                purse.close()
+            except LedgerError as error:
+                logger.warning("releases that were reserved and not used stay charged: %s", error)
 
     def _digest(self, sequence: Sequence[int]) -> bytes:
         """Stands for an example, under a key that never leaves the session."""
@@ -499,18 +504,38 @@ class TrainingGuard:
 
     def _protected(self, rows: Tensor, counts: Sequence[int], public: Sequence[int]) -> bytes:
         """Each example by itself; its public rows travel without noise, or as counts."""
-        direction, noise = self.policy.rows, self.policy.noise
-        parts = []
+        direction, parts = self.policy.rows, []
         for example, free in zip(rows.detach().split(list(counts)), public, strict=True):
-            counted = direction.format.codec is Codec.COUNTS
-            if free:
-                known = example[:free]
-                parts.append(
-                    direction.protect(known, noise) if counted else direction.format.encode(known)
-                )
+            if free and direction.format.codec is Codec.COUNTS:
+                parts.append(self._protect(direction, example[:free]))
+            elif free:
+                parts.append(self._encode(direction, example[:free]))
             if free < len(example):
-                parts.append(direction.protect(example[free:], noise))
+                parts.append(self._protect(direction, example[free:]))
         return b"".join(parts)
+
+    def _protect(self, direction: Direction, rows: Tensor, scale: float = 1.0) -> bytes:
+        """One example as bytes; its numbers are `scale` times too large, and stay so."""
+        mechanism, noise = direction.mechanism, self.policy.noise
+        if mechanism is None:
+            return self._encode(direction, rows)
+        if scale == 1.0:
+            return self._encode(direction, mechanism.protect(rows, noise))
+        return self._encode(direction, mechanism.protect(rows.double() / scale, noise) * scale)
+
+    def _encode(self, direction: Direction, rows: Tensor) -> bytes:
+        """What is too large for the codec is not finite in it."""
+        try:
+            return direction.format.encode(rows)
+        except LocalProtocolError as error:
+            raise NotFinite(f"a number of step {self._step} cannot be sent: {error}") from error
+
+    def _check_finite(self, rows: Tensor, what: str) -> None:
+        if not bool(rows.isfinite().all()):
+            raise NotFinite(
+                f"{what} of step {self._step} is NaN or infinite, which no mechanism can protect; "
+                "nothing was sent: lower the learning rate, or compute in a wider dtype"
+            )
 
     def _charge(self, keys: Sequence[bytes], rows: Sequence[int], gradients: Sequence[int]) -> None:
         """Pay for a forward and for the gradient that follows it; all or nothing."""
@@ -533,6 +558,7 @@ class _Forward:
     counts: list[int]
     rows: Release
     gradient: Release | None = None
+    scale: float = 1.0
 
 
 class _Purse:
@@ -599,11 +625,3 @@ def _mechanism(chosen: Mechanism | str | None, width: int) -> Mechanism | None:
         # A mechanism that is for rows of another width says so now, and not at the first batch.
         made.protect(torch.zeros(1, width), NoiseSource())
     return made
-
-
-def _check_finite(rows: Tensor) -> None:
-    if not bool(rows.isfinite().all()):
-        raise UnsafeRows(
-            "rows or gradients hold NaN or infinity, which no mechanism can protect; nothing was "
-            "sent: lower the learning rate, or check the dtype that the model is computed in"
-        )

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsea.client import training_protection
-from fedsea.client.protection import Cut
 from fedsea.client.releases import ReleaseStore
 from fedsea.client.training_protection import (
     EVALUATIONS_KEPT,
@@ -23,7 +22,7 @@ from fedsea.client.training_protection import (
     fedsea_gradients,
     warning_about,
 )
-from fedsea.errors import BudgetExceeded, ConfigError, LedgerError, LocalProtocolError, UnsafeRows
+from fedsea.errors import BudgetExceeded, ConfigError, LedgerError, LocalProtocolError, NotFinite
 from fedsea.privacy.accounts import Budget, Statement
 from fedsea.privacy.gaussian import FedSEAGaussian, Gaussian
 from fedsea.privacy.ledger import Ledger
@@ -31,7 +30,6 @@ from fedsea.privacy.noise import NoiseSource
 from fedsea.wire.codecs import Codec, RowFormat
 
 HIDDEN = 6
-CUT = Cut("0" * 64, HIDDEN, 1, 1)
 EVERYWHERE = ("bottom", "trunk", "top")
 BY_EXAMPLE = "gaussian:clip_norm=2,mu=0.5,by=frobenius"
 BY_ROW = "gaussian:clip_norm=2,mu=0.25"
@@ -53,7 +51,7 @@ def policy_of(
 ) -> TrainingPolicy:
     """A policy over a ledger, with a mechanism in both directions unless another is given."""
     chosen = {"rows": BY_EXAMPLE, "gradients": BY_EXAMPLE, "record": "set", **given}
-    return TrainingProtection(ledger=ledger, **chosen).applied(CUT, train)
+    return TrainingProtection(ledger=ledger, **chosen).applied(HIDDEN, train)
 
 
 def rows_of(sequences: list[list[int]]) -> Tensor:
@@ -71,6 +69,7 @@ def statement_of(ledger: Path) -> Statement:
 class TestAccounting:
     """What the ledger says is what the plan said."""
 
+    @settings(max_examples=20)
     @given(
         run=batches,
         specs=st.tuples(
@@ -102,6 +101,7 @@ class TestAccounting:
         assert planned.mu() == pytest.approx(math.sqrt(squares))
         policy.close()
 
+    @settings(max_examples=20)
     @given(run=batches)
     def test_examples_that_are_records_compose_in_parallel(
         self, tmp_path_factory: Any, run: list[list[list[int]]]
@@ -288,6 +288,7 @@ class TestBudget:
 class TestClipping:
     """What one example can change is bounded in both directions."""
 
+    @settings(max_examples=20)
     @given(
         lengths=st.lists(st.integers(1, 4), min_size=1, max_size=4),
         size=st.floats(1e-3, 1e3),
@@ -300,7 +301,7 @@ class TestClipping:
         ledger = tmp_path_factory.mktemp("ledger") / "x.ledger"
         quiet = Gaussian(2.0, 1e9, "frobenius")  # type: ignore[arg-type]  # its name does as well
         protection = TrainingProtection(gradients=quiet, record="set", ledger=ledger)
-        policy = protection.applied(CUT, EVERYWHERE, gradient=codec)
+        policy = protection.applied(HIDDEN, EVERYWHERE, gradient=codec)
         batch = [[0] * length for length in lengths]
         rows = torch.randn(sum(lengths), HIDDEN, generator=torch.Generator().manual_seed(1)) * size
         with policy.guard() as guard:
@@ -348,6 +349,20 @@ class TestClipping:
             plain = guard.gradients_format.decode(guard.gradient(0, rows), 1)
             scaled = guard.gradients_format.decode(guard.gradient(1, rows * 1024, 1024.0), 1)
             torch.testing.assert_close(scaled, plain * 1024, rtol=1e-5, atol=1e-5)
+
+    def test_a_step_done_anew_in_another_scale_sends_the_same_release(self, ledger: Path) -> None:
+        """Dynamic loss scaling halves the scale: what is sent is halved, and no noise is drawn."""
+        with policy_of(ledger).guard() as guard:
+            guard.begin(1)
+            rows, form = torch.ones(2, HIDDEN), guard.gradients_format
+            guard.forward(0, [[1, 2]], rows)
+            large = form.decode(guard.gradient(0, rows * 8, 8.0), 2)
+            guard.begin(1)
+            guard.forward(0, [[1, 2]], rows)
+            small = form.decode(guard.gradient(0, rows * 4, 4.0), 2)
+            assert small.tolist() == (large / 2).tolist()
+            assert guard.gradient(0, rows, 8.0) == form.encode(large)
+            assert guard.charged == (1, 1)
 
 
 class TestPublicRows:
@@ -401,9 +416,10 @@ class TestWarning:
         ):
             assert "\n" not in line
 
-    def test_the_policy_says_it(self, ledger: Path) -> None:
-        """A policy knows its warning and describes itself in one line."""
+    def test_the_policy_says_it(self, ledger: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """A policy logs its warning once, knows it, and describes itself in one line."""
         policy = policy_of(ledger, gradients=None)
+        assert caplog.messages == [training_protection.GRADIENTS_BARE]
         assert policy.warning == training_protection.GRADIENTS_BARE
         assert policy.describe().startswith("rows: gaussian:")
         assert "gradients: as they are; protects the data as a whole; spent 0" in policy.describe()
@@ -439,12 +455,34 @@ class TestRefusals:
         policy = policy_of(ledger)
         with policy.guard() as guard:
             guard.begin(1)
-            with pytest.raises(UnsafeRows):
+            with pytest.raises(NotFinite, match="step 1 is NaN"):
                 guard.forward(0, [[1]], torch.full((1, HIDDEN), math.nan))
             assert guard.charged == (0, 0)
             guard.forward(0, [[1]], rows_of([[1]]))
-            with pytest.raises(UnsafeRows):
+            with pytest.raises(NotFinite, match="step 1 is NaN"):
                 guard.gradient(0, torch.full((1, HIDDEN), math.inf))
+
+    def test_what_the_codec_cannot_hold_is_not_finite(self, ledger: Path) -> None:
+        """Scaled gradients that overflow fp16 are named as the trainer expects them."""
+        protection = TrainingProtection(rows=BY_ROW, record="set", ledger=ledger)
+        policy = protection.applied(HIDDEN, EVERYWHERE, gradient=Codec.FP16)
+        with policy.guard() as guard:
+            guard.begin(1)
+            guard.forward(0, [[1]], rows_of([[1]]))
+            with pytest.raises(NotFinite, match="cannot be sent"):
+                guard.gradient(0, torch.full((1, HIDDEN), 1e5))
+
+    def test_a_ledger_that_cannot_be_settled_does_not_lose_the_training(
+        self, ledger: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """What was reserved for a refused batch stays charged then, and a line says so."""
+        policy = policy_of(ledger, budget=Budget(mu=0.5))
+        guard = policy.guard()
+        with pytest.raises(BudgetExceeded):
+            guard.forward(0, [[1]], rows_of([[1]]))
+        policy.close()
+        guard.close()
+        assert "stay charged" in caplog.text
 
     def test_rows_and_sequences_belong_together(self, ledger: Path) -> None:
         """Wrong numbers of rows, and gradients of no forward, are refused."""
