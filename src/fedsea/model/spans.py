@@ -24,7 +24,15 @@ from fedsea.model import attention, linears, quantization
 from fedsea.model.attention import KVContext, RaggedBatch
 from fedsea.model.checkpoint import Checkpoint, block_of
 from fedsea.model.kv_cache import KVCache, KVShape
-from fedsea.model.lora import Adapter, AdapterContext, Place, adapt, linears_of, sizes
+from fedsea.model.lora import (
+    AdaptedLinear,
+    Adapter,
+    AdapterContext,
+    Place,
+    adapt,
+    linears_of,
+    sizes,
+)
 from fedsea.model.partition import Span
 from fedsea.model.tensor_maps import TensorMaps
 
@@ -119,6 +127,14 @@ class BlockSpan(nn.Module):
         hidden: Tensor = output.last_hidden_state
         return hidden[0]
 
+    def replica(self) -> BlockSpan:
+        """The same weights for another thread: what runs there and here do not meet.
+
+        Modules are copied, tensors are shared. The replica has no cache, takes whole sequences
+        (`RaggedBatch.whole`), and knows no adapters yet.
+        """
+        return BlockSpan(_with_shared_tensors(self.blocks), self.span, self.takes_ids)
+
     def linears(self) -> dict[Place, nn.Module]:
         """The linears of the blocks, which adapters may target."""
         return linears_of(self.blocks, self.span) if len(self.span) else {}
@@ -172,6 +188,20 @@ class Top(nn.Module):
         output = self.causal(inputs_embeds=hidden[None], use_cache=False)
         logits: Tensor = output.logits
         return logits[0]
+
+
+def _with_shared_tensors(module: nn.Module) -> nn.Module:
+    """A copy of a tree of modules with the same tensors in it, without what adapters added."""
+    if isinstance(module, AdaptedLinear):
+        return _with_shared_tensors(module.base)
+    twin = copy.copy(module)
+    twin._parameters = dict(module._parameters)
+    twin._buffers = dict(module._buffers)
+    twin._modules = {
+        name: None if child is None else _with_shared_tensors(child)
+        for name, child in module._modules.items()
+    }
+    return twin
 
 
 def attention_modules(blocks: nn.Module) -> list[nn.Module]:
