@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from fedsea.model.checkpoint import Checkpoint
+from fedsea.model.lora import AdaptedRows, Adapter
 from fedsea.model.partition import Span
 from fedsea.model.spans import BlockSpan, Placement, attention_modules, load_bottom
 
@@ -59,11 +60,18 @@ class Continuation:
     Args:
         span: embedding and blocks; its attention is replaced, so it serves nothing else.
         vocabulary: number of token ids.
+        adapter: what the blocks add to their linears, None for nothing.
+
+    Raises:
+        ConfigError: the adapter does not fit the blocks.
     """
 
-    def __init__(self, span: BlockSpan, vocabulary: int) -> None:
+    def __init__(self, span: BlockSpan, vocabulary: int, adapter: Adapter | None = None) -> None:
         _register()
         self.span = span
+        self._adapter = adapter
+        if adapter is not None:
+            span.accept(adapter)
         self.vocabulary = vocabulary
         self._step = _Step()
         blocks: Any = span.blocks
@@ -114,19 +122,25 @@ class Continuation:
         start = len(prefix)
         count = len(ids)
         positions = torch.full((count,), start) if is_sweep else torch.arange(start, start + count)
+        if self._adapter is not None:
+            self.span.adapters.rows = (AdaptedRows(0, count, self._adapter),)
         return self.span.forward_blocks(self.span.blocks, ids, positions[None])
 
 
 def load_continuation(
-    checkpoint: Checkpoint, span: Span, dtype: torch.dtype = torch.float32
+    checkpoint: Checkpoint,
+    span: Span,
+    dtype: torch.dtype = torch.float32,
+    adapter: Adapter | None = None,
 ) -> Continuation:
     """Embedding and first blocks on the CPU, for an attacker.
 
     Raises:
         ModelError: the checkpoint lacks the blocks or cannot be cut.
+        ConfigError: the adapter does not fit the blocks.
     """
     blocks = load_bottom(checkpoint, span, Placement(dtype=dtype))
-    return Continuation(blocks, int(checkpoint.config.vocab_size))
+    return Continuation(blocks, int(checkpoint.config.vocab_size), adapter)
 
 
 def attend(
