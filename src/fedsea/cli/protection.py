@@ -126,7 +126,7 @@ class ProtectionOptions:
             "unit": None if self.unit is None else self.unit.value,
             "record": self.record,
             "delta": self.delta,
-            "public_prefix": _prefix(self.public_prefix),
+            "public_prefix": prefix_of(self.public_prefix),
             "projection": self.projection,
             "calibration": self.calibration,
             "denoiser": self.denoiser,
@@ -195,5 +195,6 @@ def summary_of(llm: LLM, completion: Completion) -> dict[str, Any]:
     }
 
 
-def _prefix(text: str | None) -> str | int | None:
+def prefix_of(text: str | None) -> str | int | None:
+    """A text, or a number of tokens, as an option gives it."""
     return int(text) if text is not None and text.isdecimal() else text
