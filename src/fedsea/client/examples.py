@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from fedsea.errors import ConfigError, DataError
+from fedsea.settings import choice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -144,13 +145,16 @@ class ReadOptions:
             token, so that the model learns to stop. Chat templates say for themselves.
     """
 
-    loss_on: LossOn = LossOn.ANSWER
+    loss_on: LossOn | str = LossOn.ANSWER
     max_tokens: int | None = None
-    too_long: TooLong = TooLong.SKIP
-    paragraphs: Paragraphs = Paragraphs.SINGLE
+    too_long: TooLong | str = TooLong.SKIP
+    paragraphs: Paragraphs | str = Paragraphs.SINGLE
     end_of_text: bool = True
 
     def __post_init__(self) -> None:
+        kinds = {"loss_on": LossOn, "too_long": TooLong, "paragraphs": Paragraphs}
+        for name, kind in kinds.items():
+            object.__setattr__(self, name, choice(name, kind, getattr(self, name)))
         if self.max_tokens is not None and self.max_tokens < 2:
             raise ConfigError(f"max_tokens is {self.max_tokens}; give at least 2")
         if self.paragraphs is Paragraphs.PACKED and self.max_tokens is None:
