@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedsea.model.checkpoint import Checkpoint
+from fedsea.model.lora import Adapter
 from fedsea.model.partition import Span
 from fedsea.model.spans import Placement, Top, load_top
 from fedsea.redteam.continuation import Continuation, Prefix, load_continuation
@@ -29,14 +30,15 @@ class LanguageModel:
         self._top = top
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint) -> LanguageModel:
-        """All blocks, the norm and the head of a checkpoint.
+    def load(cls, checkpoint: Checkpoint, adapter: Adapter | None = None) -> LanguageModel:
+        """All blocks, the norm and the head of a checkpoint, with an adapter or without.
 
         Raises:
             ModelError: it is not complete.
+            ConfigError: the adapter does not fit it.
         """
         last = checkpoint.num_blocks
-        blocks = load_continuation(checkpoint, Span(0, last))
+        blocks = load_continuation(checkpoint, Span(0, last), adapter=adapter)
         return cls(blocks, load_top(checkpoint, Span(last, last), Placement()))
 
     def begin(self, ids: tuple[int, ...]) -> Expectation:
