@@ -1,9 +1,5 @@
 """`Trainer`: optimizer steps of both sides in one order that survives the death of either.
 
-The trainer knows neither transformers nor the wire. What it trains is a `TrainableModel`: a
-forward from examples to logits through whose graph gradients flow, the client's parameters, and a
-`Trunk` that takes, saves and remembers steps elsewhere.
-
 A step is taken at the server first and then here. Whatever happens in between, both sides can agree:
 
 * A connection that breaks costs the step under way. It is done anew; dropout depends on the numbers
@@ -28,14 +24,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedsea import artifacts
 from fedsea.client.examples import Batches, Example, StepBatches
+from fedsea.client.trainable import Moved, TrainableModel, trainable
+from fedsea.client.training import SplitForTraining
 from fedsea.client.training_config import SAVE_EVERY, SECTION, LossScaling, TrainerConfig
 from fedsea.errors import (
     CheckpointError,
@@ -49,7 +47,6 @@ from fedsea.errors import (
 )
 from fedsea.model.checkpoints import Steps, read_optimizer, write_optimizer
 from fedsea.model.optimization import AdapterOptimizer
-from fedsea.wire.messages import Stepped
 
 RUN = "run.json"
 STATE = "state.json"
@@ -73,85 +70,6 @@ _MOST_OFFERED = 64
 _FORMAT = 1
 # Settings that do not change what is computed, so that a run may go on with others.
 _FREE_SETTINGS = ("keep", "save_every")
-
-
-@dataclass(frozen=True, slots=True)
-class Moved:
-    """Bytes of messages to the server and from it."""
-
-    up: int = 0
-    down: int = 0
-
-
-class Trunk(Protocol):
-    """The server's part of a training. Methods wait; what ends a session is raised."""
-
-    @property
-    def moved(self) -> Moved:
-        """Bytes of all sessions so far."""
-
-    def open(self, steps: Sequence[int]) -> int:
-        """Find a server, for as long as patience lasts, and begin a session.
-
-        Gradients that another session left behind are forgotten.
-
-        Args:
-            steps: those that the client could go on from; 0 is the start.
-
-        Returns:
-            The highest of them that the server has.
-
-        Raises:
-            StaleStep: it has none of them.
-            FedseaError: no server in time, or one that refuses.
-        """
-
-    def reset(self) -> None:
-        """Forget the gradients of the unfinished step."""
-
-    def step(
-        self, number: int, learning_rate: float, max_grad_norm: float | None, scale: float
-    ) -> Stepped:
-        """Apply the gradients of a step; a repeated number answers as before."""
-
-    def save(self, number: int) -> None:
-        """Make a step durable."""
-
-
-class TrainableModel(Protocol):
-    """Bottom, trunk and top as the trainer needs them."""
-
-    @property
-    def trunk(self) -> Trunk:
-        """The server's part."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the blocks compute in."""
-
-    def description(self) -> Mapping[str, Any]:
-        """What a run cannot change under way, for JSON: the model, its cut, what is adapted."""
-
-    def trained(self) -> Mapping[str, nn.Parameter]:
-        """The client's parameters by name."""
-
-    def begin_step(self, step: int, scale: float = 1.0) -> None:
-        """The forwards that follow belong to a step; their losses are `scale` times too large."""
-
-    def logits(self, batch: Sequence[Example]) -> Tensor:
-        """Logits (answer tokens, vocabulary) of the rows that predict answers, in order.
-
-        With gradients enabled it is part of the step and uses dropout, otherwise neither.
-        """
-
-    def changed(self) -> None:
-        """The parameters have other values now."""
-
-    def save(self, folder: Path) -> None:
-        """Write the client's part of what is trained."""
-
-    def load(self, folder: Path) -> None:
-        """Take over what `save` wrote."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,14 +204,14 @@ class Trainer:
 
     def __init__(
         self,
-        model: TrainableModel,
+        model: SplitForTraining | TrainableModel,
         config: TrainerConfig,
         train: Sequence[Example],
         evaluation: Sequence[Example] | None = None,
         callbacks: Sequence[Callback] = (),
         folder: Path | None = None,
     ) -> None:
-        self._model = model
+        self._model = model = trainable(model)
         self._config = config
         self._callbacks = tuple(callbacks)
         self._train = train

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from fedsea import artifacts
 from fedsea.client.examples import Example
+from fedsea.client.trainable import Moved
 from fedsea.client.trainer import (
     ADAPTER,
     CHECKPOINTS,
     RUN,
     Callback,
-    Moved,
     StepReport,
     Summary,
     Trainer,
