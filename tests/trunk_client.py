@@ -66,6 +66,7 @@ class Client:
         rows=256,
         adapter="",
         projection="",
+        prompt="",
         **options,
     ):
         """Open a session and wait for the server's answer."""
@@ -83,6 +84,7 @@ class Client:
                 down_codec=client.down,
                 reserve_rows=rows,
                 adapter=adapter,
+                prompt=prompt,
             )
         )
         assert isinstance(await client.receive(), Opened)

@@ -260,6 +260,14 @@ class ClientModelOptions:
             rich_help_panel=_MODEL,
         ),
     ] = ""
+    trunk_prompt: Annotated[
+        str,
+        typer.Option(
+            help="The server's name for a soft prompt in front of every sequence.",
+            show_default="none",
+            rich_help_panel=_MODEL,
+        ),
+    ] = ""
     compile: Annotated[
         bool,
         typer.Option(
@@ -306,6 +314,7 @@ class ClientModelOptions:
             compile=self.compile,
             adapter=self.adapter,
             trunk_adapter=self.trunk_adapter,
+            trunk_prompt=self.trunk_prompt,
             on_notice=on_notice,
             placeholders=placeholders,
             privacy=privacy,

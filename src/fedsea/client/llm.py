@@ -102,6 +102,7 @@ class LLM:
         on_notice: Tell | None = None,
         adapter: str | Path | None = None,
         trunk_adapter: str = "",
+        trunk_prompt: str = "",
         placeholders: Placeholders | None = None,
         privacy: Protection | None = None,
         verifier: Verifier | None = None,
@@ -127,6 +128,7 @@ class LLM:
             adapter: folder of a LoRA adapter in PEFT's format; its parts for bottom and top are
                 used here.
             trunk_adapter: the server's name for the adapter's other part.
+            trunk_prompt: the server's name for a soft prompt in front of every sequence.
             placeholders: which sensitive spans of prompts are replaced before they are tokenized,
                 and put back into answers.
             privacy: the mechanism that rows go through before they leave, and the ledger that
@@ -195,6 +197,7 @@ class LLM:
             down=RowFormat(row_codec, checkpoint.hidden_size),
             policy=policy,
             adapter=trunk_adapter,
+            prompt=trunk_prompt,
         )
         connected = cls(checkpoint, split, tokenizer, background, placeholders, attestation)
         if logger.isEnabledFor(logging.INFO):

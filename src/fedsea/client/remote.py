@@ -154,6 +154,7 @@ class SessionPlan:
     up: RowFormat
     down: RowFormat
     adapter: str = ""
+    prompt: str = ""
 
 
 class RemoteTrunk:
@@ -463,6 +464,7 @@ class RemoteTrunk:
             down_codec=self._plan.down.codec,
             reserve_rows=self._plan.reserve_rows,
             adapter=self._plan.adapter,
+            prompt=self._plan.prompt,
             up_width=0 if up.width == self._hidden_size else up.width,
             up_levels=up.levels,
             up_scale=up.scale,

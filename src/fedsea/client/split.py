@@ -40,7 +40,8 @@ class SplitModel:
     """The client's parts, the servers, and how they talk.
 
     The trunk's `description` is that of the first server that answered. Without a `policy` rows
-    leave as they are. `adapter` names the server's part of a LoRA adapter; empty for none.
+    leave as they are. `adapter` names the server's part of a LoRA adapter and `prompt` a soft
+    prompt that the server has; empty for none.
     """
 
     parts: LocalParts
@@ -54,6 +55,7 @@ class SplitModel:
     down: RowFormat
     policy: ReleasePolicy | None = None
     adapter: str = ""
+    prompt: str = ""
     protectors: WeakSet[Protector] = field(default_factory=WeakSet, repr=False)
 
     async def open(self, capacities: Sequence[int]) -> SplitSession:
@@ -79,6 +81,7 @@ class SplitModel:
             up=self.up,
             down=self.down,
             adapter=self.adapter,
+            prompt=self.prompt,
         )
         trunk = RemoteTrunk(self.endpoints, plan, self.store, self.patience, self.tell)
         try:

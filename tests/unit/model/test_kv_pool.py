@@ -418,3 +418,22 @@ def test_integrity_check_sees_defects(defect):
     defect(pool)
     with pytest.raises(AssertionError):
         pool.check_integrity()
+
+
+def test_a_fork_of_whole_pages_continues_behind_them():
+    """Where the claim of the forked sequence was given up, both together are one run of pages."""
+    pool = KVPool(12, 16)
+    account = pool.open(10 * 16)
+    pool.begin(account, 0, 6 * 16)
+    pool.extend(account, 0, 2 * 16)
+    pool.seal(account, 0)
+    pool.fork(account, 0, 1, 2 * 16, 5 * 16)
+    pool.fork(account, 0, 2, 2 * 16, 5 * 16)
+    for sequence in (1, 2):
+        pool.extend(account, sequence, 3 * 16)
+
+    assert pool.sequence(account, 1).pages == [0, 1, 2, 3, 4]
+    assert pool.sequence(account, 2).pages == [0, 1, 5, 6, 7]
+    pool.check_integrity()
+    pool.close(account)
+    pool.check_integrity()
