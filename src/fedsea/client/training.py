@@ -196,11 +196,16 @@ class TrunkCalls:
         found = self.trunk.plan.returned.decode(back, sum(passage.counts))
         return found.to(self._placement.device)
 
-    def step(self, learning_rate: float, max_grad_norm: float | None, scale: float) -> Stepped:
-        """Let the server take its optimizer step."""
-        stepped = self._background.run(
-            self.trunk.step(self._steps + 1, learning_rate, max_grad_norm, scale)
-        )
+    def step(
+        self,
+        learning_rate: float,
+        max_grad_norm: float | None,
+        scale: float,
+        number: int | None = None,
+    ) -> Stepped:
+        """Let the server take its optimizer step; `number` may repeat the last one's."""
+        number = self._steps + 1 if number is None else number
+        stepped = self._background.run(self.trunk.step(number, learning_rate, max_grad_norm, scale))
         self._at(stepped.number if stepped.applied else self._steps)
         return stepped
 
