@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import re
 import string
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
 from fedsea.errors import ConfigError
+from fedsea.settings import Table, check_keys, need, read_toml, section, table_at
 from fedsea.tasks.records import Choice, Entry, Record
 
 ANSWER = "answer"
@@ -122,40 +121,25 @@ def read_overrides(path: Path, known: Mapping[str, Styles]) -> dict[str, Styles]
     Raises:
         ConfigError: the file cannot be read, or names a task or a key that does not exist.
     """
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; fix the path") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {_one_line(error)}") from None
+    tables = read_toml(path)
+    check_keys(tables, known, f"{path}, which has tables [TASK.STYLE]")
     changed = dict(known)
-    for task, styles in tables.items():
-        if task not in known:
-            raise ConfigError(f"{path}: there is no task {task!r}; use {', '.join(known)}")
-        if not isinstance(styles, dict) or not all(isinstance(s, dict) for s in styles.values()):
-            raise ConfigError(f"{path}: [{task}] holds no tables of styles; write [{task}.STYLE]")
-        merged = dict(known[task])
-        for style, table in styles.items():
-            merged[style] = _merged(f"{path}: [{task}.{style}]", table, merged.get(style))
-        changed[task] = merged
+    for task in tables:
+        styles = table_at(tables, task, f"{task}.STYLE")
+        changed[task] = {**known[task]} | {
+            style: _merged(f"{task}.{style}", table_at(styles, style), known[task].get(style))
+            for style in styles
+        }
     return changed
 
 
-def _merged(where: str, table: Mapping[str, Any], base: Template | None) -> Template:
-    kinds: dict[str, type] = {entry.name: str for entry in fields(Template)}
-    kinds |= {"words": dict, "turns": int}
-    for key, value in table.items():
-        if key not in kinds:
-            raise ConfigError(f"{where}: there is no key {key!r}; use {', '.join(kinds)}")
-        if type(value) is not kinds[key]:
-            raise ConfigError(f"{where}: {key} must be of type {kinds[key].__name__}")
-    if not all(isinstance(words, str) for words in table.get("words", {}).values()):
-        raise ConfigError(f"{where}: words must be texts by label")
-    if base is not None:
-        return replace(base, **table)
-    if "prompt" not in table:
-        raise ConfigError(f"{where}: a new style needs a prompt; give one")
-    return Template(**table)
+def _merged(name: str, table: Table, base: Template | None) -> Template:
+    held = {} if base is None else {key.name: getattr(base, key.name) for key in fields(base)}
+    held_words = held.pop("words", {})
+    texts = {key: value for key, value in {**held, **table}.items() if key != "words"}
+    words = table_at(table, "words", f"{name}.words") if "words" in table else held_words
+    need(all(isinstance(said, str) for said in words.values()), f"{name}.words must be texts")
+    return replace(section(Template, name, texts), words=words)
 
 
 def _checked(where: str, key: str, text: str, known: set[str]) -> set[str]:
@@ -190,7 +174,3 @@ def _formed(text: str, spec: str) -> str:
     if spec == "bare" or re.match(r"I\b", words):
         return words
     return words[:1].lower() + words[1:]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
