@@ -49,16 +49,13 @@ class AdapterTable:
         return cls(entries)
 
     def of(self, tenant: str, name: str) -> Adapter | None:
-        """The adapter that a session named; None when it named none.
-
-        Raises:
-            PermissionDenied: there is none of that name for this tenant, whoever else has one.
-        """
-        if not name:
-            return None
+        """The adapter that a tenant means by a name; None when it has none of that name."""
         found = self.entries.get(name)
-        if found is None or tenant not in found.tenants:
-            raise PermissionDenied(
-                "no adapter of that name is served to this tenant; ask the operator for its names"
-            )
-        return found.adapter
+        return found.adapter if found is not None and tenant in found.tenants else None
+
+
+def unknown_adapter() -> PermissionDenied:
+    """There is none of that name for this tenant, whoever else has one."""
+    return PermissionDenied(
+        "no adapter of that name is served to this tenant; ask the operator for its names"
+    )

@@ -286,6 +286,41 @@ class PromptsSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSection:
+    """Training of adapters in the trunk; without a `folder` nothing is trained.
+
+    Attributes:
+        folder: where saved steps are kept, by tenant and name; of one server at a time.
+        workers: trainings that are computed at the same time, beside the engine and behind it.
+        threads: CPU threads of each worker; 0 for torch's own number.
+        kept_rows: rows of one tenant whose activations are kept between Forward and Backward; for
+            rows beyond it only their input is, and the Backward computes the forward again.
+        pending_rows: rows of one tenant that wait for their Backward in all; more are refused.
+        max_adapters: trainings of one tenant, in memory or saved.
+        max_rank: greatest rank of an adapter.
+        max_prompt_rows: most rows of a soft prompt.
+        keep: so many of the last saved steps of a training stay.
+        grace_s: how long a training stays in memory at its last step after its session has ended.
+    """
+
+    folder: Path | None = None
+    workers: int = 1
+    threads: int = 0
+    kept_rows: int = 4096
+    pending_rows: int = 65536
+    max_adapters: int = 8
+    max_rank: int = 64
+    max_prompt_rows: int = 256
+    keep: int = 2
+    grace_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        _at_least(1, "training", self, "workers", "pending_rows", "max_adapters", "max_rank")
+        _at_least(1, "training", self, "keep")
+        _at_least(0, "training", self, "threads", "kept_rows", "max_prompt_rows", "grace_s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LimitsSection:
     """Caps on what one message and one session may hold; see `fedsea.wire.limits`."""
 
@@ -294,6 +329,7 @@ class LimitsSection:
     max_segments: int = 256
     max_sequences: int = 256
     max_pending: int = 8
+    max_forwards: int = 64
 
     def __post_init__(self) -> None:
         _at_least(1, "limits", self, *(entry.name for entry in fields(self)))
@@ -331,6 +367,7 @@ class ServerConfig:
     attestation: AttestationSection = field(default_factory=AttestationSection)
     adapters: AdaptersSection = field(default_factory=AdaptersSection)
     prompts: PromptsSection = field(default_factory=PromptsSection)
+    training: TrainingSection = field(default_factory=TrainingSection)
     limits: LimitsSection = field(default_factory=LimitsSection)
     metrics: MetricsSection = field(default_factory=MetricsSection)
     log: LogSection = field(default_factory=LogSection)

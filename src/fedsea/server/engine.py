@@ -203,6 +203,17 @@ class Engine:
         self._hand_in(partial(self._open, work, reserve_rows, answer))
         await answer
 
+    async def accept(self, adapter: Adapter) -> None:
+        """Make the blocks ready for an adapter, between two steps.
+
+        Raises:
+            ConfigError: it does not fit the blocks.
+        """
+        assert self._loop is not None
+        answer: asyncio.Future[None] = self._loop.create_future()
+        self._hand_in(partial(self._accept_adapter, adapter, answer))
+        await answer
+
     def submit(self, work: Work, event: WorkEvent) -> None:
         """Apply an event of a session after those before it."""
         work.submitted += 1
@@ -365,6 +376,14 @@ class Engine:
         if work.account is not None:
             work.queue.append((event, arrived))
             self._advance(work)
+
+    def _accept_adapter(self, adapter: Adapter, answer: asyncio.Future[None]) -> None:
+        refusal: FedseaError | None = None
+        try:
+            self._runner.span.accept(adapter)
+        except FedseaError as error:
+            refusal = error
+        self._call_loop(_answer, answer, refusal)
 
     def _close(self, work: Work) -> None:
         if work.account is None:
@@ -593,7 +612,7 @@ def _group(share: _Share) -> tuple[object, ...]:
 
 
 def _answer(answer: asyncio.Future[None], refusal: FedseaError | None) -> None:
-    """Settle an `open` that may have been cancelled in the meantime."""
+    """Settle a request that may have been cancelled in the meantime."""
     if answer.done():
         return
     if refusal is None:

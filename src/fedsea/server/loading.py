@@ -12,6 +12,7 @@ from fedsea.errors import ConfigError, OutOfMemory, PartitionError
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.compilation import compile_decode
 from fedsea.model.inspection import available_memory, check_memory, trunk_weights
+from fedsea.model.lora import adapt
 from fedsea.model.partition import Span
 from fedsea.model.projection import Projection
 from fedsea.model.quantization import library_config
@@ -64,6 +65,10 @@ def load(config: ServerConfig) -> Trunk:
     max_context = min(context, rows)
     prompts = PromptTable.load(config.prompts.named, checkpoint, span, placement, max_context)
     if config.model.compile:
+        if config.training.folder is not None:
+            # Adapters that come later find every linear wrapped: compiled code does not change.
+            targets = sorted({place.target for place in blocks.linears()})
+            adapt(blocks.blocks, span, blocks.adapters, targets)
         compile_decode(blocks)
     return Trunk(
         checkpoint=checkpoint,

@@ -30,6 +30,12 @@ class Metrics:
         self._step = self._histogram("step_seconds", "Duration of one step", _SECONDS)
         self._queue = self._histogram("queue_seconds", "Wait of one Append", _SECONDS)
         self._compute = self._histogram("compute_seconds", "Computation of one Append", _SECONDS)
+        self._forwards = self._counter("training_forwards", "Forwards, by tenant", "tenant")
+        self._trained = self._counter("training_rows", "Rows of Forwards, by tenant", "tenant")
+        self._backwards = self._counter("training_backwards", "Backwards, by tenant", "tenant")
+        self._stepped = self._counter(
+            "training_steps", "Optimizer steps, by tenant and outcome", "tenant", "outcome"
+        )
         self._decode_rows = self._kinds.labels("decode")
         self._prefill_rows = self._kinds.labels("prefill")
         self._tenants: dict[str, Counter] = {}
@@ -61,6 +67,19 @@ class Metrics:
     def opened(self, tenant: str) -> None:
         """Count a session that was opened."""
         self._opened.labels(tenant).inc()
+
+    def forward(self, tenant: str, rows: int) -> None:
+        """Count a Forward of a training."""
+        self._forwards.labels(tenant).inc()
+        self._trained.labels(tenant).inc(rows)
+
+    def backward(self, tenant: str) -> None:
+        """Count a Backward of a training."""
+        self._backwards.labels(tenant).inc()
+
+    def stepped(self, tenant: str, *, applied: bool) -> None:
+        """Count a Step; one whose gradients were not finite is not applied."""
+        self._stepped.labels(tenant, "applied" if applied else "not_finite").inc()
 
     def ended(self, code: str) -> None:
         """Count a session that ended with an error, or was refused."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from types import TracebackType
 from typing import Self
@@ -22,9 +23,11 @@ from fedsea.errors import (
     PartitionError,
     SessionLost,
 )
+from fedsea.model.lora import Adapter
 from fedsea.model.partition import Span
 from fedsea.model.projection import Projection
 from fedsea.server import loading
+from fedsea.server.adapters import unknown_adapter
 from fedsea.server.config import LimitsSection, ServerConfig
 from fedsea.server.engine import Engine, Work
 from fedsea.server.logs import get_logger
@@ -32,13 +35,15 @@ from fedsea.server.metrics import Metrics
 from fedsea.server.prompts import reserved_rows
 from fedsea.server.quotas import Admissions, TokenBucket
 from fedsea.server.scheduler import Scheduler
-from fedsea.server.session import Session
+from fedsea.server.session import InferenceSession, Session
+from fedsea.server.training import Training
+from fedsea.server.training_session import TrainingSession
 from fedsea.transport.base import Peer, ServerStream
 from fedsea.wire.codecs import Codec
 from fedsea.wire.connection import Connection
 from fedsea.wire.description import encode_description
 from fedsea.wire.limits import Limits
-from fedsea.wire.messages import Description, Notice, NoticeKind, Open, Opened, Role
+from fedsea.wire.messages import Description, Notice, NoticeKind, Open, Opened, OpenTraining, Role
 
 RETRY_WHEN_DRAINING = 5.0
 SHORT_FINGERPRINT = 12
@@ -77,6 +82,9 @@ class TrunkService:
         self._admissions = Admissions(
             config.quotas, config.server.max_sessions, config.kv.page_rows
         )
+        self.training: Training | None = None
+        if config.training.folder is not None:
+            self.training = Training(config.training, trunk, self.metrics)
         self._sessions: set[Session] = set()
         self._no_sessions = asyncio.Event()
         self._no_sessions.set()
@@ -89,6 +97,8 @@ class TrunkService:
         return cls(config, loading.load(config))
 
     async def __aenter__(self) -> Self:
+        if self.training is not None:
+            self.training.start()
         await self.engine.start()
         return self
 
@@ -101,6 +111,8 @@ class TrunkService:
         for session in tuple(self._sessions):
             session.fail(SessionLost("the server has stopped; open the session again"))
         await self._no_sessions.wait()
+        if self.training is not None:
+            await self.training.stop()
         await self.engine.stop()
 
     @property
@@ -137,43 +149,117 @@ class TrunkService:
         request = await self._request(stream, connection)
         if request is None:
             return
-        span = self._check(request)
+        self._check(request)
         projection = self._projection(request)
-        adapter = self.trunk.adapters.of(peer.tenant, request.adapter)
-        prompt = self.trunk.prompts.of(peer.tenant, request.prompt, request.first_block)
-        session = Session(
+        if isinstance(request, OpenTraining):
+            await self._train(peer.tenant, stream, connection, request, projection, session_id)
+        else:
+            await self._infer(peer.tenant, stream, connection, request, projection, session_id)
+
+    async def _infer(
+        self,
+        tenant: str,
+        stream: ServerStream,
+        connection: Connection,
+        request: Open,
+        projection: Projection | None,
+        session_id: str,
+    ) -> None:
+        adapter = await self._adapter(tenant, request.adapter)
+        prompt = self.trunk.prompts.of(tenant, request.prompt, request.first_block)
+        session = InferenceSession(
             stream,
             connection,
             self.engine,
             max_context=self.trunk.max_context - (0 if prompt is None else prompt.count),
             idle_timeout=self._config.idle_timeout_s,
         )
-        up = request.up_format(self._hidden_size)
-        work = Work(peer.tenant, span, up, request.down_codec, session, projection, adapter, prompt)
+        up, span = request.up_format(self._hidden_size), _span(request)
+        work = Work(tenant, span, up, request.down_codec, session, projection, adapter, prompt)
         taken = request.reserve_rows + reserved_rows(prompt, self._page_rows)
-        with self._admissions.admitted(peer.tenant, taken):
+        with self._admissions.admitted(tenant, taken):
             try:
                 await self.engine.open(work, request.reserve_rows)
-                self._check_draining()
-                session.send(Opened(session_id, round(self._config.idle_timeout_s * 1000)))
-                self._sessions.add(session)
-                self._no_sessions.clear()
-                self.metrics.opened(peer.tenant)
-                _log.info(
-                    "session_opened",
-                    tenant=peer.tenant,
-                    session=session_id,
-                    span=str(span),
-                    reserved=request.reserve_rows,
-                )
-                await session.serve(work)
+                with self._opened(tenant, session, session_id, request):
+                    await session.run(work)
             finally:
                 self.engine.close(work)
-                self._sessions.discard(session)
-                if not self._sessions:
-                    self._no_sessions.set()
 
-    async def _request(self, stream: ServerStream, connection: Connection) -> Open | None:
+    async def _train(
+        self,
+        tenant: str,
+        stream: ServerStream,
+        connection: Connection,
+        request: OpenTraining,
+        projection: Projection | None,
+        session_id: str,
+    ) -> None:
+        if self.training is None:
+            raise ConfigError(
+                "this server trains nothing; its operator sets training.folder, where what is "
+                "trained is kept"
+            )
+        session = TrainingSession(
+            stream,
+            connection,
+            max_context=self.trunk.max_context - request.prompt_rows,
+            idle_timeout=self._config.idle_timeout_s,
+        )
+        with self._admissions.admitted(tenant, 0):
+            seat = await self.training.open(tenant, request, projection, session.fail)
+            try:
+                with self._opened(tenant, session, session_id, request, seat.step):
+                    await session.run(seat.member)
+            finally:
+                seat.leave()
+
+    @contextmanager
+    def _opened(
+        self,
+        tenant: str,
+        session: Session,
+        session_id: str,
+        request: Open | OpenTraining,
+        step: int = 0,
+    ) -> Iterator[None]:
+        """Tell the client that its session is open, and count it for as long as the block runs."""
+        self._check_draining()
+        session.send(Opened(session_id, round(self._config.idle_timeout_s * 1000), step))
+        self._sessions.add(session)
+        self._no_sessions.clear()
+        self.metrics.opened(tenant)
+        log = _log.bind(tenant=tenant, session=session_id, span=str(_span(request)))
+        if isinstance(request, Open):
+            log.info("session_opened", reserved=request.reserve_rows)
+        else:
+            log.info("training_opened", adapter=request.adapter, step=step)
+        try:
+            yield
+        finally:
+            self._sessions.discard(session)
+            if not self._sessions:
+                self._no_sessions.set()
+
+    async def _adapter(self, tenant: str, name: str) -> Adapter | None:
+        """The adapter that a session named, the operator's before the tenant's own.
+
+        Raises:
+            PermissionDenied: the tenant has none of that name.
+        """
+        if not name:
+            return None
+        found = self.trunk.adapters.of(tenant, name)
+        if found is None and self.training is not None:
+            found = await self.training.adapter(tenant, name)
+            if found is not None:
+                await self.engine.accept(found)
+        if found is None:
+            raise unknown_adapter()
+        return found
+
+    async def _request(
+        self, stream: ServerStream, connection: Connection
+    ) -> Open | OpenTraining | None:
         """The client's first message; None when it went away without one."""
         self._check_draining()
         try:
@@ -184,14 +270,14 @@ class TrunkService:
         if data is None:
             return None
         request = connection.receive(data)
-        assert isinstance(request, Open)  # the table of states allows nothing else
+        assert isinstance(request, Open | OpenTraining)  # the table of states allows nothing else
         return request
 
     def _check_draining(self) -> None:
         if self._draining:
             raise Draining("the server is stopping; use another address", RETRY_WHEN_DRAINING)
 
-    def _check(self, request: Open) -> Span:
+    def _check(self, request: Open | OpenTraining) -> None:
         if request.fingerprint != self.trunk.fingerprint:
             raise FingerprintMismatch(
                 f"the server serves {self.trunk.checkpoint.name} "
@@ -199,15 +285,14 @@ class TrunkService:
                 f"checkpoint ({request.fingerprint[:SHORT_FINGERPRINT]}); "
                 "use the same files on both sides"
             )
-        span = Span(request.first_block, request.end_block)
+        span = _span(request)
         if span not in self.trunk.span:
             raise PartitionError(
                 f"blocks {span} were asked for and this server serves {self.trunk.span}; "
                 "choose bottom and top so that the trunk lies inside"
             )
-        return span
 
-    def _projection(self, request: Open) -> Projection | None:
+    def _projection(self, request: Open | OpenTraining) -> Projection | None:
         """What widens the rows of a session; None when they come in the hidden size.
 
         Raises:
@@ -239,6 +324,10 @@ class TrunkService:
         watch("kv_rows_unreserved", "KV rows that can be reserved", lambda: pool.unreserved_rows)
 
 
+def _span(request: Open | OpenTraining) -> Span:
+    return Span(request.first_block, request.end_block)
+
+
 def wire_limits(section: LimitsSection) -> Limits:
     """The caps of every session."""
     return Limits(
@@ -247,6 +336,7 @@ def wire_limits(section: LimitsSection) -> Limits:
         max_segments=section.max_segments,
         max_sequences=section.max_sequences,
         max_pending=section.max_pending,
+        max_forwards=section.max_forwards,
     )
 
 
@@ -272,6 +362,7 @@ def _describe(config: ServerConfig, trunk: loading.Trunk, limits: Limits) -> Des
         server_version=version("fedsea"),
         page_rows=config.kv.page_rows,
         projections=tuple(trunk.projections),
+        max_forwards=0 if config.training.folder is None else limits.max_forwards,
     )
 
 

@@ -1,4 +1,4 @@
-"""One session on the event loop: messages in, work to the engine, outputs out.
+"""A session on the event loop: messages in, work to whoever computes, answers out.
 
 A reader and a writer share the stream. The client may send while outputs wait for it, up to a
 bound; beyond that nothing more is read, so that a slow client blocks only itself.
@@ -7,6 +7,7 @@ bound; beyond that nothing more is read, so that a slow client blocks only itsel
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Coroutine
 from typing import Any
 
@@ -20,30 +21,20 @@ MAX_BACKLOG = 1024
 BACKLOG_PAUSE = 0.01
 
 
-class Session:
-    """Serves a session that has been opened.
+class Session(ABC):
+    """Serves a session that has been opened; subclasses say what its events do.
 
     Args:
         stream: the client.
         connection: the protocol, at the point where `Opened` may be sent.
-        engine: computes.
-        max_context: most rows of one sequence.
         idle_timeout: seconds without a message after which the session ends; 0 for never.
     """
 
     def __init__(
-        self,
-        stream: ServerStream,
-        connection: Connection,
-        engine: Engine,
-        *,
-        max_context: int,
-        idle_timeout: float,
+        self, stream: ServerStream, connection: Connection, *, idle_timeout: float
     ) -> None:
         self._stream = stream
         self._connection = connection
-        self._engine = engine
-        self._max_context = max_context
         self._idle_timeout = idle_timeout
         self._loop = asyncio.get_running_loop()
         self._last_message = self._loop.time()
@@ -53,14 +44,22 @@ class Session:
         self._timer: asyncio.TimerHandle | None = None
         self._no_more_messages = False
 
-    async def serve(self, work: Work) -> None:
+    @abstractmethod
+    async def take(self, event: Event) -> None:
+        """Do what an event of the client asks for; until this returns nothing more is read.
+
+        Raises:
+            FedseaError: what ends the session.
+        """
+
+    async def serve(self) -> None:
         """Serve until the client closes the session and has all its outputs.
 
         Raises:
             FedseaError: what ended the session instead.
         """
         self._watch_idleness()
-        tasks = [self._task(self._read(work)), self._task(self._write())]
+        tasks = [self._task(self._read()), self._task(self._write())]
         try:
             await self._ended
         finally:
@@ -82,15 +81,12 @@ class Session:
         if not self._ended.done():
             self.send(notice)
 
-    def deliver(self, result: Result) -> None:
-        """Take a result of the engine."""
+    def answer(self, event: Event) -> None:
+        """Send an answer, unless the session is ending anyway."""
         if self._ended.done():
             return
-        if isinstance(result, FedseaError):
-            self.fail(result)
-            return
         try:
-            self.send(result)
+            self.send(event)
         except FedseaError as error:
             self.fail(error)
         self._finish_when_answered()
@@ -100,15 +96,14 @@ class Session:
         if not self._ended.done():
             self._ended.set_exception(error)
 
-    async def _read(self, work: Work) -> None:
+    async def _read(self) -> None:
         while (data := await self._stream.receive()) is not None:
             self._last_message = self._loop.time()
             event = self._connection.receive(data)
             if isinstance(event, Close):
                 break
-            self._check(event)
-            self._engine.submit(work, event)  # type: ignore[arg-type]  # a server receives no other
-            await self._room_for_more(work)
+            await self.take(event)
+            await self._room_for_more()
         self._no_more_messages = True
         self._finish_when_answered()
 
@@ -120,20 +115,11 @@ class Session:
         if not self._ended.done():
             self._ended.set_result(None)
 
-    async def _room_for_more(self, work: Work) -> None:
-        """Wait while too many outputs wait for the client, or too many events for the engine."""
+    async def _room_for_more(self) -> None:
+        """Wait while too many answers wait for the client."""
         if self._outbox.qsize() >= self._connection.limits.max_pending:
             self._room.clear()
             await self._room.wait()
-        while work.backlog > MAX_BACKLOG:  # noqa: ASYNC110 - so rare that the engine tells nobody
-            await asyncio.sleep(BACKLOG_PAUSE)
-
-    def _check(self, event: Event) -> None:
-        if isinstance(event, Begin | Fork) and event.capacity > self._max_context:
-            raise PromptTooLong(
-                f"a sequence of {event.capacity} rows was asked for and this server holds "
-                f"{self._max_context}; shorten the prompt or ask for fewer new tokens"
-            )
 
     def _finish_when_answered(self) -> None:
         if self._no_more_messages and not self._connection.pending:
@@ -165,3 +151,54 @@ class Session:
             )
         else:
             self._timer = self._loop.call_at(ends, self._watch_idleness)
+
+
+class InferenceSession(Session):
+    """A session whose rows the engine computes.
+
+    Args:
+        stream: the client.
+        connection: the protocol, at the point where `Opened` may be sent.
+        engine: computes.
+        max_context: most rows of one sequence.
+        idle_timeout: seconds without a message after which the session ends; 0 for never.
+    """
+
+    def __init__(
+        self,
+        stream: ServerStream,
+        connection: Connection,
+        engine: Engine,
+        *,
+        max_context: int,
+        idle_timeout: float,
+    ) -> None:
+        super().__init__(stream, connection, idle_timeout=idle_timeout)
+        self._engine = engine
+        self._max_context = max_context
+        self._work: Work | None = None
+
+    async def run(self, work: Work) -> None:
+        """Serve with this work of the engine, as `serve` does."""
+        self._work = work
+        await self.serve()
+
+    async def take(self, event: Event) -> None:
+        """Hand an event to the engine; wait while too many wait there."""
+        work = self._work
+        assert work is not None
+        if isinstance(event, Begin | Fork) and event.capacity > self._max_context:
+            raise PromptTooLong(
+                f"a sequence of {event.capacity} rows was asked for and this server holds "
+                f"{self._max_context}; shorten the prompt or ask for fewer new tokens"
+            )
+        self._engine.submit(work, event)  # type: ignore[arg-type]  # a server receives no other
+        while work.backlog > MAX_BACKLOG:  # noqa: ASYNC110 - so rare that the engine tells nobody
+            await asyncio.sleep(BACKLOG_PAUSE)
+
+    def deliver(self, result: Result) -> None:
+        """Take a result of the engine."""
+        if isinstance(result, FedseaError):
+            self.fail(result)
+        else:
+            self.answer(result)
