@@ -18,6 +18,7 @@ from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.lora import AdaptedRows, Adapter, LoraConfig
 from fedsea.model.optimization import AdamWConfig, AdapterOptimizer, step_generator
 from fedsea.model.partition import Partition
+from fedsea.model.projection import Projection
 from fedsea.model.spans import Placement, load_trunk
 from fedsea.transport.base import Peer, ServerStream
 from fedsea.wire.codecs import VALUE_CODECS
@@ -54,11 +55,14 @@ class TinyTrainingTrunk:
         folder: Any,
         partition: Partition,
         placement: Placement | None = None,
+        *,
         max_forwards: int = 64,
         max_rows: int = 8192,
+        projection: Projection | None = None,
     ) -> None:
         self.checkpoint = Checkpoint.open(folder)
         self.placement = placement or Placement()
+        self.projection = projection
         self.span = partition.trunk_span(self.checkpoint.num_blocks)
         self.trunk = load_trunk(self.checkpoint, self.span, self.placement)
         self.adapter: Adapter | None = None
@@ -87,6 +91,7 @@ class TinyTrainingTrunk:
                 max_message_bytes=8 * 2**20,
                 dtype="float32",
                 max_forwards=self.max_forwards,
+                projections=() if self.projection is None else (self.projection.fingerprint(),),
             )
         )
 
@@ -106,7 +111,7 @@ class TinyTrainingTrunk:
                 await stream.send(connection.send(answer))
 
     def _begin(self, opened: OpenTraining) -> int:
-        if self.optimizer is None or 0 in opened.resume_steps:
+        if self.optimizer is None or opened.resume_steps == (0,):
             self._fresh(opened)
         assert self.optimizer is not None
         common = {0, self.optimizer.steps, *self.saved} & set(opened.resume_steps)
@@ -195,7 +200,8 @@ class _Session:
                 )
                 self.forwards += 1
                 rows.requires_grad_()
-            found = server.trunk.run(rows, batch)
+            wide = rows if server.projection is None else server.projection.decode(rows)
+            found = server.trunk.run(wide, batch)
         if not event.no_grad:
             self.open[event.id] = rows, found
         return Activations(event.id, self.down.encode(found))

@@ -1,0 +1,773 @@
+"""Training through the cut: equal to PEFT on the unsplit model, and nothing but rows on the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
+from tests.tiny_models import VOCABULARY, save_tiny
+from tests.training_trunk import TinyTrainingTrunk
+from tests.unit.client.conftest import BRIEF, Wire
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from fedsea.client.training import SplitForTraining
+from fedsea.errors import (
+    CheckpointError,
+    ConfigError,
+    ConnectionLost,
+    NotFinite,
+    PartitionError,
+    PromptTooLong,
+    RequestError,
+    StaleStep,
+    TrainingError,
+)
+from fedsea.model.adapters import write_adapter
+from fedsea.model.checkpoint import Checkpoint
+from fedsea.model.lora import TARGETS, Adapter, LoraConfig
+from fedsea.model.optimization import part_seed
+from fedsea.model.partition import Partition
+from fedsea.model.projection import Projection
+from fedsea.model.spans import FAMILIES, Placement
+from fedsea.transport.recording import Direction
+from fedsea.wire.codecs import Codec, RowFormat
+from fedsea.wire.messages import (
+    Activations,
+    Backward,
+    Forward,
+    Gradients,
+    Opened,
+    OpenTraining,
+    Step,
+    Stepped,
+)
+
+LORA = LoraConfig(rank=4, alpha=12.0)
+ONE_EACH = Partition(1, 1)
+LENGTHS = (7, 3, 11)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama of five blocks."""
+    return save_tiny("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+class Split:
+    """A split model and its trunk in this process."""
+
+    def __init__(
+        self,
+        folder: Path,
+        partition: Partition = ONE_EACH,
+        *,
+        served: Partition | None = None,
+        placement: Placement | None = None,
+        max_forwards: int = 64,
+        max_rows: int = 8192,
+        **options: Any,
+    ) -> None:
+        self.wire = Wire()
+        self.server = TinyTrainingTrunk(
+            folder,
+            served or partition,
+            placement,
+            max_forwards=max_forwards,
+            max_rows=max_rows,
+            projection=options.get("projection"),
+        )
+        options = {"lora": LORA, "name": "run", "seed": 5, "patience": BRIEF, **options}
+        self.model = SplitForTraining.connect(
+            folder,
+            {"memory": lambda: self.wire.channel(self.server)},
+            partition=partition,
+            **options,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.model.close()
+
+    def adapters(self) -> list[Adapter]:
+        """Those of all three parts."""
+        trunk = [] if self.server.adapter is None else [self.server.adapter]
+        return [*self.model.adapters(), *trunk]
+
+    def randomize(self) -> None:
+        """Factors of visible size, B included."""
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for adapter in self.adapters():
+                for parameter in adapter.parameters():
+                    parameter.normal_(std=0.1, generator=generator)
+                adapter.changed()
+
+
+def unsplit(folder: Path, split: Split, dtype: torch.dtype = torch.float32) -> Any:
+    """The whole model with PEFT's adapter, its factors those of the three parts."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    # PEFT would take the linears of dense layers and shared experts to mean fused experts.
+    model.config.model_type = "llama"
+    places = [place for adapter in split.adapters() for place in adapter.factors]
+    config = PeftConfig(
+        r=LORA.rank,
+        lora_alpha=int(LORA.alpha),
+        target_modules=[f"model.layers.{place.block}.{place.path}" for place in places],
+        task_type="CAUSAL_LM",
+    )
+    # In eval mode: some families have dropout of their own, which the parts do not.
+    whole = get_peft_model(model, config).eval()
+    state = dict(whole.named_parameters())
+    with torch.no_grad():
+        for stem, factor, parameter in factors(split.adapters()):
+            state[f"{stem}.lora_{factor}.default.weight"].copy_(parameter)
+    return whole
+
+
+def factors(adapters: Sequence[Adapter]) -> Iterator[tuple[str, str, Tensor]]:
+    """PEFT's name of each linear, A or B, and our parameter."""
+    for adapter in adapters:
+        for place, pair in adapter.factors.items():
+            stem = f"base_model.model.model.layers.{place.block}.{place.path}"
+            yield stem, "A", pair.a
+            yield stem, "B", pair.b
+
+
+def examples_of(lengths: Sequence[int], seed: int = 1) -> list[Tensor]:
+    """Random token ids of these lengths, without the ids of padding and ends."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in lengths]
+
+
+def padded(examples: Sequence[Tensor], side: str = "right") -> tuple[Tensor, Tensor, Tensor]:
+    """ids, mask and labels of a padded batch."""
+    longest = max(map(len, examples))
+    ids = torch.zeros(len(examples), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for index, one in enumerate(examples):
+        columns = slice(0, len(one)) if side == "right" else slice(longest - len(one), longest)
+        ids[index, columns], mask[index, columns] = one, 1
+    labels = ids.masked_fill(mask == 0, -100)
+    if side == "left":
+        # What padding says about the first token is nothing that is learned.
+        for index, one in enumerate(examples):
+            labels[index, longest - len(one)] = -100
+    return ids, mask, labels
+
+
+def assert_equal_gradients(split: Split, whole: Any, rtol: float = 1e-5) -> int:
+    """Every factor's gradient is PEFT's, relative to the largest gradient; how many."""
+    state = dict(whole.named_parameters())
+    largest = max(float(one.grad.abs().max()) for one in state.values() if one.grad is not None)
+    compared = 0
+    for stem, factor, parameter in factors(split.adapters()):
+        expected = state[f"{stem}.lora_{factor}.default.weight"].grad
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, expected, rtol=rtol, atol=rtol * largest)
+        compared += 1
+    assert compared == sum("lora_" in name for name in state)
+    return compared
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_trains_as_unsplit(family: str, tmp_path: Path) -> None:
+    """Logits, loss and the gradient of every factor in all three parts, for every family."""
+    folder = save_tiny(family, tmp_path / family)
+    examples = examples_of(LENGTHS)
+    ids, mask, labels = padded(examples)
+    with Split(folder, Partition(1, 2)) as split:
+        split.randomize()
+        whole = unsplit(folder, split)
+        split.model.train()
+
+        expected = whole(ids, attention_mask=mask, labels=labels)
+        expected.loss.backward()
+        found = split.model(ids, mask, labels)
+        found.loss.backward()
+        logits = split.model.eval()(ids, mask).logits
+
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
+        real = mask != 0
+        largest = float(expected.logits.abs().max())
+        torch.testing.assert_close(
+            logits[real], expected.logits[real], rtol=1e-5, atol=1e-5 * largest
+        )
+        assert assert_equal_gradients(split, whole) > 0
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    cut=st.tuples(st.integers(0, 4), st.integers(0, 4)).filter(lambda cut: sum(cut) < 5),
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5).filter(lambda n: max(n) > 1),
+    side=st.sampled_from(["left", "right"]),
+)
+def test_any_partition_and_batch_trains_as_unsplit(
+    folder: Path, cut: tuple[int, int], lengths: list[int], side: str
+) -> None:
+    """Whatever the cut, the lengths and the side of the padding, no bottom or no top included."""
+    ids, mask, labels = padded(examples_of(lengths), side)
+    with Split(folder, Partition(*cut)) as split:
+        split.randomize()
+        whole = unsplit(folder, split)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+
+        expected = whole(ids, attention_mask=mask, position_ids=positions, labels=labels)
+        expected.loss.backward()
+        found = split.model(ids, mask, labels)
+        found.loss.backward()
+
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
+        assert_equal_gradients(split, whole)
+
+
+def test_accumulated_steps_equal_unsplit_ones(folder: Path) -> None:
+    """Ten steps of three ragged batches each, clipped by nothing: losses and factors agree."""
+    with Split(folder) as split:
+        whole = unsplit(folder, split)
+        ours = torch.optim.AdamW(split.model.parameters(), lr=5e-3)
+        theirs = torch.optim.AdamW([p for p in whole.parameters() if p.requires_grad], lr=5e-3)
+        for step in range(10):
+            for number in range(3):
+                examples = examples_of([4 + number, 9, 2 + step % 3], seed=3 * step + number)
+                ids, mask, labels = padded(examples)
+                expected = whole(ids, attention_mask=mask, labels=labels).loss / 3
+                expected.backward()
+                found = split.model(ids, mask, labels).loss / 3
+                found.backward()
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            for optimizer in (ours, theirs):
+                optimizer.step()
+                optimizer.zero_grad()
+            assert split.model.step(5e-3).number == step + 1
+        state = dict(whole.named_parameters())
+        for stem, factor, parameter in factors(split.adapters()):
+            torch.testing.assert_close(
+                parameter, state[f"{stem}.lora_{factor}.default.weight"], rtol=1e-3, atol=1e-4
+            )
+
+
+def test_losses_agree_after_two_hundred_steps(folder: Path) -> None:
+    """The course of a whole training is that of the unsplit model, to a thousandth."""
+    data = [padded(examples_of([8, 12, 5], seed=seed)) for seed in range(4)]
+    with Split(folder, Partition(2, 1)) as split:
+        whole = unsplit(folder, split)
+        ours = torch.optim.AdamW(split.model.parameters(), lr=5e-4)
+        theirs = torch.optim.AdamW([p for p in whole.parameters() if p.requires_grad], lr=5e-4)
+        losses = []
+        for step in range(200):
+            ids, mask, labels = data[step % len(data)]
+            pair = (
+                split.model(ids, mask, labels).loss,
+                whole(ids, attention_mask=mask, labels=labels).loss,
+            )
+            losses.append([float(loss) for loss in pair])
+            for loss, optimizer in zip(pair, (ours, theirs), strict=True):
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            split.model.step(5e-4)
+
+        assert losses[-1][0] < 0.5 * losses[0][0]
+        for found, expected in losses:
+            assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_clipping_is_by_the_norm_of_the_trunk(folder: Path) -> None:
+    """`max_grad_norm` shrinks the trunk's gradient; the norm that comes back is the one before."""
+    ids, mask, labels = padded(examples_of(LENGTHS))
+    with Split(folder) as split:
+        split.randomize()
+        split.model(ids, mask, labels).loss.backward()
+        assert split.server.adapter is not None
+        gradients = [one.grad for one in split.server.adapter.parameters() if one.grad is not None]
+        expected = float(torch.nn.utils.get_total_norm(gradients))
+
+        stepped = split.model.step(1e-3, max_grad_norm=expected / 10)
+
+        assert stepped.grad_norm == pytest.approx(expected)
+        assert stepped.applied
+
+
+def test_logits_of_kept_rows_only(folder: Path) -> None:
+    """`logits` gives the rows that were asked for, example after example, and their gradients."""
+    examples = examples_of(LENGTHS)
+    keep = [torch.tensor([2, 5]), torch.tensor([], dtype=torch.long), torch.tensor([10])]
+    with Split(folder) as split:
+        split.randomize()
+        every = split.model.logits(examples)
+        some = split.model.logits(examples, keep)
+
+        assert every.shape == (sum(LENGTHS), VOCABULARY)
+        rows = [2, 5, LENGTHS[0] + LENGTHS[1] + 10]
+        torch.testing.assert_close(some, every[rows], rtol=1e-5, atol=1e-5)
+        cross_entropy(some, torch.tensor([3, 4, 5])).backward()
+        assert all(one.grad is not None for one in split.model.parameters())
+
+
+def test_batches_are_ragged(folder: Path) -> None:
+    """Examples together are what each is alone: no row sees another example's."""
+    examples = examples_of(LENGTHS)
+    with Split(folder) as split, torch.no_grad():
+        split.randomize()
+        together = split.model.logits(examples).split(LENGTHS)
+        for one, found in zip(examples, together, strict=True):
+            torch.testing.assert_close(found, split.model.logits([one]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_follows_full_precision(folder: Path, dtype: str) -> None:
+    """In bf16 and fp16 factors and their gradients stay fp32 and point the same way; it learns."""
+    ids, mask, labels = padded(examples_of(LENGTHS))
+    placement = Placement(dtype=torch.bfloat16 if dtype == "bf16" else torch.float16)
+    with (
+        Split(folder) as full,
+        Split(folder, dtype=dtype, placement=placement) as half,
+    ):
+        for split in (full, half):
+            split.randomize()
+            split.model(ids, mask, labels).loss.backward()
+        for (_, _, expected), (_, _, found) in zip(
+            factors(full.adapters()), factors(half.adapters()), strict=True
+        ):
+            assert found.dtype is torch.float32
+            assert expected.grad is not None
+            assert found.grad is not None
+            assert found.grad.dtype is torch.float32
+            cosine = torch.cosine_similarity(expected.grad.flatten(), found.grad.flatten(), dim=0)
+            assert cosine > 0.9
+        half.model.zero_grad()
+        half.model.reset()
+        optimizer = torch.optim.AdamW(half.model.parameters(), lr=5e-3)
+        losses = []
+        for _ in range(15):
+            loss = half.model(ids, mask, labels).loss
+            losses.append(float(loss))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            half.model.step(5e-3)
+        assert losses[-1] < 0.7 * losses[0]
+
+
+def test_loss_scale_changes_nothing(folder: Path) -> None:
+    """Gradients made larger by a power of two, and said to be, give the same trunk."""
+    ids, mask, labels = padded(examples_of(LENGTHS))
+    found = []
+    for scale in (1.0, 256.0):
+        with Split(folder) as split:
+            split.randomize()
+            split.model.loss_scale = scale
+            (split.model(ids, mask, labels).loss * scale).backward()
+            stepped = split.model.step(1e-2, max_grad_norm=0.1)
+            found.append(
+                (stepped, [one.detach().clone() for one in split.adapters()[2].parameters()])
+            )
+    (first, one), (second, other) = found
+    assert first == second
+    assert all(map(torch.equal, one, other))
+
+
+def test_only_rows_travel(folder: Path) -> None:
+    """Every message's size is that of its rows and a few bytes: no ids, labels, masks or losses."""
+    ids, mask, labels = padded(examples_of(LENGTHS))
+    rows = sum(LENGTHS)
+    with Split(folder) as split:
+        split.randomize()
+        split.model(ids, mask, labels).loss.backward()
+        split.model.step(1e-3)
+        events = split.wire.events
+        kinds = [type(event) for _, _, event in events]
+
+        assert kinds == [
+            OpenTraining, Opened, Forward, Activations, Backward, Gradients, Step, Stepped
+        ]  # fmt: skip
+        assert [event.counts for event in split.wire.of(Forward)] == [LENGTHS]
+        for kind in (Forward, Activations, Backward, Gradients):
+            (event,) = split.wire.of(kind)
+            assert len(event.rows) == rows * 48 * 4
+        assert split.model.traffic.rows_up == split.model.traffic.rows_down == 2 * rows
+
+
+@pytest.mark.parametrize(("codec", "itemsize"), [("fp32", 4), ("bf16", 2)])
+def test_bytes_of_a_step(folder: Path, codec: str, itemsize: int) -> None:
+    """A step takes 4 x rows x hidden x itemsize bytes and less than a KiB."""
+    ids, mask, labels = padded(examples_of(LENGTHS))
+    with Split(folder, codec=codec, gradient_codec=codec) as split:
+        before = replace(split.model.traffic)
+        split.model(ids, mask, labels).loss.backward()
+        split.model.step(1e-3)
+        used = split.model.traffic.since(before)
+
+    payload = 4 * sum(LENGTHS) * 48 * itemsize
+    assert payload <= used.bytes_up + used.bytes_down < payload + 1024
+
+
+def test_large_batches_travel_in_parts(folder: Path) -> None:
+    """What is too large for a message goes in several, by whole examples, to the same result."""
+    ids, mask, labels = padded(examples_of(LENGTHS))
+    with Split(folder) as whole, Split(folder, max_rows=11) as parts:
+        for split in (whole, parts):
+            split.randomize()
+            split.model(ids, mask, labels).loss.backward()
+        for (_, _, expected), (_, _, found) in zip(
+            factors(whole.adapters()), factors(parts.adapters()), strict=True
+        ):
+            torch.testing.assert_close(found.grad, expected.grad, rtol=1e-5, atol=1e-6)
+        assert [event.counts for event in parts.wire.of(Forward)] == [(7, 3), (11,)]
+    with Split(folder, max_rows=10) as small:
+        with pytest.raises(PromptTooLong, match="a sequence of 11 rows"):
+            small.model(ids, mask, labels)
+        assert not small.wire.of(Forward)
+
+
+def test_parts_that_are_not_trained_have_no_factors(folder: Path) -> None:
+    """`train` chooses; gradients pass through a trunk that is not trained, as unsplit."""
+    ids, mask, labels = padded(examples_of(LENGTHS))
+    for train in (("bottom",), ("trunk",), ("top",), ("bottom", "top")):
+        with Split(folder, train=train) as split:
+            split.randomize()
+            bottom, top = split.model.adapters()
+            trained = {"bottom": bottom, "top": top, "trunk": split.server.adapter}
+            whole = unsplit(folder, split)
+            whole(ids, attention_mask=mask, labels=labels).loss.backward()
+            split.model(ids, mask, labels).loss.backward()
+
+            assert {part for part, one in trained.items() if one and one.factors} == set(train)
+            assert_equal_gradients(split, whole)
+            # Nobody below the top is trained: gradients have no reason to travel.
+            assert bool(split.wire.of(Backward)) is (train != ("top",))
+            assert all(event.no_grad is (train == ("top",)) for event in split.wire.of(Forward))
+            assert split.model.step(1e-3).applied
+
+
+def test_evaluation_leaves_nothing_behind(folder: Path) -> None:
+    """Without gradients the server is told to keep nothing, and the step is as without it."""
+    ids, mask, labels = padded(examples_of(LENGTHS))
+    with Split(folder) as split:
+        split.model.eval()
+        with torch.no_grad():
+            output = split.model(ids, mask, labels)
+
+        assert output.logits is not None
+        assert output.logits.shape == (*ids.shape, VOCABULARY)
+        assert [event.no_grad for event in split.wire.of(Forward)] == [True]
+        assert split.model.step(1e-3).grad_norm == 0
+
+
+def test_dropout_follows_from_seed_step_and_forward(folder: Path) -> None:
+    """A step that is done anew has the same masks; the next forward and the next step have others."""
+    ids, mask, labels = padded(examples_of(LENGTHS))
+    lora = replace(LORA, dropout=0.4)
+    with Split(folder, lora=lora) as split:
+        split.randomize()
+        split.model.train()
+        model = split.model
+        first, second = float(model(ids, mask, labels).loss), float(model(ids, mask, labels).loss)
+        model.reset()
+        again = float(model(ids, mask, labels).loss)
+        model.step(0.0)
+        later = float(model(ids, mask, labels).loss)
+        model.eval()
+        plain = float(model(ids, mask, labels).loss)
+
+        assert again == first
+        assert len({first, second, later, plain}) == 4
+
+
+def test_parts_draw_masks_of_their_own(folder: Path) -> None:
+    """The server gets a seed that does not tell the client's."""
+    with Split(folder, seed=5) as split:
+        assert split.server.opened is not None
+        assert split.server.opened.seed not in (5, part_seed(5, "bottom"), part_seed(5, "top"))
+
+
+def test_a_lost_connection_is_opened_again_and_the_step_redone(folder: Path) -> None:
+    """Whoever waits gets ConnectionLost; after `reopen` the redone step is that of no break."""
+    ids, mask, labels = padded(examples_of(LENGTHS))
+
+    def one_step(model: SplitForTraining) -> float:
+        model.zero_grad()
+        loss = model(ids, mask, labels).loss
+        loss.backward()
+        model.step(1e-2)
+        return float(loss)
+
+    with Split(folder) as calm:
+        expected = [one_step(calm.model) for _ in range(3)]
+    with Split(folder) as split:
+        found = [one_step(split.model)]
+        split.wire.cut_at = (Direction.DOWN, split.wire.counts[Direction.DOWN] + 2)
+        with pytest.raises(ConnectionLost):
+            one_step(split.model)
+        with pytest.raises(ConnectionLost):
+            split.model.step(1e-2)
+        assert split.model.reopen((1,)) == 1
+        found += [one_step(split.model) for _ in range(2)]
+
+    assert found == expected
+
+
+def test_a_step_whose_answer_was_lost_is_not_taken_twice(folder: Path) -> None:
+    """After `reopen` with both numbers, `steps` says that the server had taken it."""
+    ids, mask, labels = padded(examples_of(LENGTHS))
+    with Split(folder) as split:
+        split.model(ids, mask, labels).loss.backward()
+        split.wire.cut_at = (Direction.DOWN, split.wire.counts[Direction.DOWN] + 1)
+        with pytest.raises(ConnectionLost):
+            split.model.step(1e-2)
+
+        assert split.model.reopen((1, 0)) == 1
+        assert split.model.steps == 1
+        assert split.model.step(1e-2).number == 2
+
+
+def test_a_gradient_after_a_break_is_refused(folder: Path) -> None:
+    """A graph from before the break cannot be used: the forward is not at the server any more."""
+    ids, mask, labels = padded(examples_of(LENGTHS))
+    with Split(folder) as split:
+        loss = split.model(ids, mask, labels).loss
+        split.model.reopen((0,))
+        with pytest.raises(ConnectionLost, match="do the step anew"):
+            loss.backward()
+        loss = split.model(ids, mask, labels).loss
+        split.model.step(1e-3)
+        with pytest.raises(TrainingError, match="is over"):
+            loss.backward()
+
+
+def test_going_on_from_saved_steps(folder: Path) -> None:
+    """The highest step in common is chosen, and none in common is an error of its own."""
+    ids, mask, labels = padded(examples_of(LENGTHS))
+    with Split(folder) as split:
+        for number in (1, 2, 3):
+            split.model(ids, mask, labels).loss.backward()
+            split.model.step(1e-2)
+            if number < 3:
+                split.model.save()
+        assert split.model.reopen((1, 2, 7)) == 2
+        with pytest.raises(StaleStep):
+            split.model.reopen((9,))
+        split.server.problem = "no room"
+        split.model.reopen((2,))
+        with pytest.raises(CheckpointError, match="step 2: no room"):
+            split.model.save()
+        assert split.model(ids, mask, labels).loss is not None
+
+
+@pytest.mark.parametrize("where", ["rows", "gradient"])
+def test_numbers_that_are_not_finite_stop_with_their_step(folder: Path, where: str) -> None:
+    """NaN in rows or gradients is named by forward and step, and nothing of it is sent."""
+    ids, mask, labels = padded(examples_of(LENGTHS))
+    with Split(folder) as split:
+        split.randomize()
+        sent = split.wire.counts[Direction.UP]
+        if where == "rows":
+            assert split.model.bottom is not None
+            with torch.no_grad():
+                next(split.model.bottom.parameters()).fill_(torch.nan)
+            with pytest.raises(NotFinite, match="rows of forward 1 of step 1"):
+                split.model(ids, mask, labels)
+            assert split.wire.counts[Direction.UP] == sent
+        else:
+            loss = split.model(ids, mask, labels).loss * torch.inf
+            with pytest.raises(NotFinite, match="gradient of forward 1 of step 1"):
+                loss.backward()
+            assert split.wire.counts[Direction.UP] == sent + 1
+
+
+def test_gradients_that_are_not_finite_at_the_server_are_reported(folder: Path) -> None:
+    """The step is not taken, its number stays, and training goes on."""
+    ids, mask, labels = padded(examples_of(LENGTHS))
+    with Split(folder) as split:
+        split.model(ids, mask, labels).loss.backward()
+        assert split.server.adapter is not None
+        next(split.server.adapter.parameters()).grad = None
+        for one in split.server.adapter.parameters():
+            one.grad = torch.full_like(one, torch.nan)
+
+        stepped = split.model.step(1e-3)
+
+        assert not stepped.applied
+        assert split.model.steps == 0
+        split.model(ids, mask, labels).loss.backward()
+        assert split.model.step(1e-3).number == 1
+
+
+def test_a_batch_without_labels_has_no_loss(folder: Path) -> None:
+    """Labels that are all -100 give a loss of zero and gradients of zero, not NaN."""
+    ids, mask, _ = padded(examples_of(LENGTHS))
+    with Split(folder) as split:
+        split.model.train()
+        output = split.model(ids, mask, torch.full_like(ids, -100))
+        output.loss.backward()
+        assert float(output.loss) == 0
+        assert output.logits is None
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        (torch.zeros(3, dtype=torch.long), None, "add the dimension"),
+        (torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 2), "attention mask has shape"),
+        (torch.zeros(1, 3, dtype=torch.long), torch.tensor([[1, 0, 1]]), "between its tokens"),
+        (torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3), "has no tokens"),
+        (torch.full((1, 3), VOCABULARY), None, "outside the vocabulary"),
+        (torch.full((1, 3), -1), None, "outside the vocabulary"),
+    ],
+    ids=str,
+)
+def test_batches_that_cannot_be_used_are_refused(
+    folder: Path, ids: Tensor, mask: Tensor | None, message: str
+) -> None:
+    """Each has its own words, and nothing is sent."""
+    with Split(folder) as split:
+        with pytest.raises(RequestError, match=message):
+            split.model(ids, mask)
+        assert not split.wire.of(Forward)
+
+
+def test_servers_that_cannot_train_are_refused(folder: Path) -> None:
+    """A server without training says so; parts that do not exist are named."""
+    with pytest.raises(ConfigError, match="trains nothing"):
+        Split(folder, max_forwards=0)
+    with pytest.raises(ConfigError, match="names no parts"):
+        Split(folder, train=("botom",))
+    with pytest.raises(ConfigError, match="no linear"):
+        Split(folder, lora=LoraConfig(targets=("query",)))
+    with pytest.raises(PartitionError, match="serves blocks"):
+        Split(folder, served=Partition(2, 2))
+
+
+def test_only_factors_are_parameters(folder: Path) -> None:
+    """Optimizers, `state_dict` and `to` see the adapters of bottom and top and nothing else."""
+    with Split(folder) as split:
+        expected = 2 * 2 * len(TARGETS)
+        assert len(list(split.model.parameters())) == expected
+        assert len(split.model.state_dict()) == expected
+        assert all(one.requires_grad for one in split.model.parameters())
+    with Split(folder, lora=replace(LORA, freeze_a=True)) as split:
+        split.model(*padded(examples_of(LENGTHS))).loss.backward()
+        trained = [one for one in split.model.parameters() if one.requires_grad]
+        assert len(trained) == expected // 2
+        assert all(one.grad is not None for one in trained)
+
+
+def test_blocks_chosen_by_number(folder: Path) -> None:
+    """`blocks` may leave any part without an adapter, the trunk's included."""
+    ids, mask, labels = padded(examples_of(LENGTHS))
+    for blocks in ((0, 2), (0, 4), (3,)):
+        with Split(folder, lora=replace(LORA, blocks=blocks)) as split:
+            split.randomize()
+            whole = unsplit(folder, split)
+            whole(ids, attention_mask=mask, labels=labels).loss.backward()
+            split.model(ids, mask, labels).loss.backward()
+            assert_equal_gradients(split, whole)
+            assert {p.block for one in split.adapters() for p in one.factors} == set(blocks)
+
+
+def test_saved_factors_come_back(folder: Path, tmp_path: Path) -> None:
+    """Adapters of bottom and top are one PEFT adapter on disk and are loaded exactly."""
+    with Split(folder) as split:
+        split.randomize()
+        write_adapter(tmp_path, split.model.adapters(), "tiny")
+        with Split(folder) as other:
+            other.model.load_adapters(tmp_path)
+            for one, two in zip(split.model.parameters(), other.model.parameters(), strict=True):
+                assert torch.equal(one, two)
+    with Split(folder, lora=LoraConfig(rank=2)) as other, pytest.raises(ConfigError):
+        other.model.load_adapters(tmp_path)
+
+
+class Doubler:
+    """A guard that sends twice the rows and half the gradients, and notes what it was told."""
+
+    def __init__(self, hidden_size: int) -> None:
+        self.rows_format = self.gradients_format = RowFormat(Codec.FP32, hidden_size)
+        self.told: list[tuple[object, ...]] = []
+
+    def begin(self, step: int) -> None:
+        """Note the step."""
+        self.told.append(("begin", step))
+
+    def forward(
+        self,
+        index: int,
+        sequences: Sequence[Sequence[int]],
+        rows: Tensor,
+        *,
+        no_grad: bool = False,
+    ) -> bytes:
+        """Twice the rows."""
+        self.told.append(("forward", index, [list(one) for one in sequences], no_grad))
+        return self.rows_format.encode(rows * 2)
+
+    def gradient(self, index: int, rows: Tensor, scale: float = 1.0) -> bytes:
+        """Half the gradient."""
+        self.told.append(("gradient", index, scale))
+        return self.gradients_format.encode(rows / 2)
+
+    def close(self) -> None:
+        """Note the end."""
+        self.told.append(("close",))
+
+
+def test_rows_and_gradients_leave_through_the_guard(folder: Path) -> None:
+    """What the guard gives is what travels; it knows step, forward and ids, and is closed."""
+    examples = examples_of(LENGTHS)
+    ids, mask, labels = padded(examples)
+    guard = Doubler(48)
+    with Split(folder) as plain:
+        plain.model(ids, mask, labels).loss.backward()
+    with Split(folder, guard=guard) as split:
+        split.model.loss_scale = 4.0
+        split.model(ids, mask, labels).loss.backward()
+        split.model.step(1e-3)
+        with torch.no_grad():
+            split.model(ids, mask, labels)
+        sent = split.wire.of(Forward)[0].rows
+
+    clean = RowFormat(Codec.FP32, 48).decode(plain.wire.of(Forward)[0].rows, sum(LENGTHS))
+    torch.testing.assert_close(RowFormat(Codec.FP32, 48).decode(sent, sum(LENGTHS)), 2 * clean)
+    sequences = [one.tolist() for one in examples]
+    assert guard.told == [
+        ("begin", 1),
+        ("forward", 0, sequences, False),
+        ("gradient", 0, 4.0),
+        ("begin", 2),
+        ("forward", 0, sequences, True),
+        ("close",),
+    ]
+
+
+def test_narrow_rows_pass_a_projection(folder: Path) -> None:
+    """With a projection fewer numbers travel up, and gradients come back as narrow."""
+    ids, mask, labels = padded(examples_of(LENGTHS))
+    generator = torch.Generator().manual_seed(2)
+    checkpoint = Checkpoint.open(folder)
+    projection = Projection.of(
+        torch.randn(12, 48, generator=generator),
+        torch.randn(48, 12, generator=generator),
+        1,
+        checkpoint.fingerprint(),
+    )
+    with Split(folder, projection=projection) as split:
+        split.model(ids, mask, labels).loss.backward()
+        rows = sum(LENGTHS)
+        assert [len(event.rows) for event in split.wire.of(Forward)] == [rows * 12 * 4]
+        assert [len(event.rows) for event in split.wire.of(Gradients)] == [rows * 12 * 4]
+        assert all(one.grad is not None for one in split.model.parameters())
