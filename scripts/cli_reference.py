@@ -106,6 +106,8 @@ def _default(parameter: inspect.Parameter, info: Any) -> str:
     if isinstance(info.show_default, str):
         return info.show_default
     value = parameter.default
+    if value is inspect.Parameter.empty:
+        return "required"
     if value is None or value is False:
         return ""
     if value is True:

@@ -18,6 +18,7 @@ from fedsea.cli import (
     certs,
     chat,
     demo,
+    evaluate,
     generate,
     inspection,
     privacy,
@@ -93,6 +94,7 @@ app.add_typer(certs.app, name="certs")
 app.command("inspect")(inspection.inspect)
 app.command("split")(split.split)
 app.add_typer(adapter.app, name="adapter")
+app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("redteam")(redteam.redteam)
 app.add_typer(privacy.app, name="privacy")

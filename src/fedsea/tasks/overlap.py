@@ -65,7 +65,7 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dic
 
 
 def summary(predictions: Sequence[str], records: Sequence[Record]) -> dict[str, float]:
-    """ROUGE of summaries."""
+    """F of ROUGE-1, ROUGE-2 and ROUGE-L, averaged over records; see `rouge`."""
     return rouge(predictions, [record.gold for record in records])
 
 
