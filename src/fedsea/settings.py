@@ -45,18 +45,31 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 
-def section(kind: type[_S], name: str, table: Table, base: Path | None = None) -> _S:
-    """The settings of one section; paths are relative to `base`.
+def section(
+    kind: type[_S],
+    name: str,
+    table: Table,
+    base: Path | None = None,
+    overrides: Table | None = None,
+) -> _S:
+    """The settings of one section.
+
+    Args:
+        kind: the dataclass.
+        name: of the section, for errors.
+        table: what the file says; its paths are relative to `base`.
+        base: the folder of the file; None leaves paths as they are.
+        overrides: keys of a command line, whose paths are relative to its own folder.
 
     Raises:
         ConfigError: a key is unknown or missing, or a value cannot be used.
     """
-    hints = get_type_hints(kind)
-    check_keys(table, hints, f"section [{name}]")
+    values = {
+        key: _resolved(value, base) for key, value in _typed(kind, name, table).items()
+    } | _typed(kind, name, overrides or {})
     for key in _required(kind):
-        need(key in table, f"{name}.{key} is missing; add it")
-    values = {key: _value(f"{name}.{key}", hints[key], value) for key, value in table.items()}
-    return kind(**{key: _resolved(value, base) for key, value in values.items()})
+        need(key in values, f"{name}.{key} is missing; add it")
+    return kind(**values)
 
 
 def table_at(table: Table, key: str, name: str | None = None) -> Table:
@@ -109,6 +122,12 @@ def choice(key: str, kind: type[_E], value: Any) -> _E:
 def accepted(hint: Any) -> tuple[Any, ...]:
     """The types that a field takes."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _typed(kind: type[Any], name: str, table: Table) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    check_keys(table, hints, f"section [{name}]")
+    return {key: _value(f"{name}.{key}", hints[key], value) for key, value in table.items()}
 
 
 def _required(kind: type[Any]) -> list[str]:

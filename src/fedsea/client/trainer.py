@@ -254,7 +254,7 @@ class Trainer:
             CheckpointError: a checkpoint could not be written; earlier ones are untouched.
             FedseaError: no server in time, or one that refuses.
         """
-        if self._folder is not None and (ended := _ended(self._folder)) is not None:
+        if self._folder is not None and (ended := ended_run(self._folder)) is not None:
             self._say("this run has ended already; nothing was done")
             return ended
         self._start()
@@ -677,8 +677,12 @@ def _shown(table: Mapping[str, Any], key: str) -> str:
     return json.dumps(table[key]) if key in table else "unset"
 
 
-def _ended(folder: Path) -> Summary | None:
-    """How the folder's run ended, if it did."""
+def ended_run(folder: Path) -> Summary | None:
+    """How the run in a folder ended; None while it can go on, and where there is none.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+    """
     path = folder / SUMMARY
     return Summary(**_known(path, Summary)) if path.exists() else None
 
