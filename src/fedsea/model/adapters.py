@@ -87,12 +87,17 @@ def write_adapter(folder: Path, parts: Sequence[Adapter], base_model: str) -> No
     tensors = {}
     for part in parts:
         for place, factors in part.factors.items():
-            stem = f"base_model.model.model.layers.{place.block}.{place.path}"
-            tensors[f"{stem}.lora_A.weight"] = factors.a.detach().cpu().contiguous()
-            tensors[f"{stem}.lora_B.weight"] = factors.b.detach().cpu().contiguous()
-    described = json.dumps(_description(configs.pop(), base_model), indent=2, sort_keys=True)
+            for name, factor in zip(tensor_names(place), (factors.a, factors.b), strict=True):
+                tensors[name] = factor.detach().cpu().contiguous()
+    described = json.dumps(description(configs.pop(), base_model), indent=2, sort_keys=True)
     artifacts.replace_file(folder / TENSORS, save_tensors(tensors, {"format": "pt"}))
     artifacts.replace_file(folder / CONFIG, described.encode() + b"\n")
+
+
+def tensor_names(place: Place) -> tuple[str, str]:
+    """The names of A and B of a linear in PEFT's format."""
+    stem = f"base_model.model.model.layers.{place.block}.{place.path}"
+    return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
 
 
 def base_model(folder: Path) -> str:
@@ -173,7 +178,8 @@ def _factors(
     return a.to(torch.float32), b.to(torch.float32)
 
 
-def _description(config: LoraConfig, base_model: str) -> dict[str, Any]:
+def description(config: LoraConfig, base_model: str) -> dict[str, Any]:
+    """The configuration of an adapter in PEFT's format."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
