@@ -1,30 +1,34 @@
 """What a model is fine-tuned on: examples of token ids, read from files, and the order they come in.
 
 An `Example` says which of its tokens the loss is on. `read_examples` makes them from JSON lines or a
-text file; errors name the file and the line, never what stands there. `Batches` is the order in
-which steps see the examples: a function of the seed alone, so that a run can go on at any step.
-Examples of different lengths lie one after the other in a batch; nothing is padded.
+text file, `record_examples` from the records of a task; errors name the file and the line, never
+what stands there. `Batches` is the order in which steps see the examples: a function of the seed
+alone, so that a run can go on at any step. Examples of different lengths lie one after the other in
+a batch; nothing is padded.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from hashlib import blake2b
-from itertools import groupby, islice
+from itertools import groupby, islice, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from fedsea.client.pairs import encode_pair, encode_whole
 from fedsea.errors import ConfigError, DataError
 from fedsea.settings import choice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from fedsea.tasks.records import Record
 
 JSON_LINES = (".jsonl", ".ndjson")
 TEXTS = (".txt", ".text", ".md")
@@ -243,6 +247,29 @@ def read_examples(
     return found
 
 
+def record_examples(
+    records: Iterable[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    options: ReadOptions | None = None,
+) -> ExampleSet:
+    """Examples of the records of a task that have a completion to learn.
+
+    Raises:
+        DataError: there is none, or none that fits.
+    """
+    options = options or ReadOptions()
+    pairs = (
+        (f"record {number}", record.prompt, record.completion)
+        for number, record in enumerate(records, start=1)
+        if record.completion
+    )
+    found = _fitted(_Reader(tokenizer, options).of_pairs(pairs), options)
+    if not found.examples:
+        reason = "fits: raise max_tokens" if found.skipped else "says what shall be learned"
+        raise DataError(f"no record {reason}")
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class _Draft:
     """An example before it is made to fit; tokens from `front` to the answer may be left out."""
@@ -320,29 +347,23 @@ class _Reader:
         prompt = _text(where, "prompt", value["prompt"])
         return self._completion(where, prompt, _text(where, "completion", value["completion"]))
 
-    def _completion(self, where: str, prompt: str, completion: str) -> _Draft:
-        """A prompt as `generate` encodes it, and what shall follow.
+    def of_pairs(self, pairs: Iterable[tuple[str, str, str]]) -> Iterator[_Draft]:
+        """Of places, prompts and completions."""
+        return starmap(self._completion, pairs)
 
-        Where the tokens of both together begin with those of the prompt, the rest of them is the
-        completion; otherwise a token would span the seam, and each is encoded by itself.
-        """
+    def _completion(self, where: str, prompt: str, completion: str) -> _Draft:
+        """A prompt and what shall follow, with the end of the text when it is asked for."""
         if not completion:
             raise DataError(f"{where} has an empty completion; give what shall be learned")
-        before, joined = self._ids(prompt), self._ids(prompt + completion)
-        if joined[: len(before)] != before or len(joined) == len(before):
-            joined = before + self._ids(completion, special=False)
+        pair = encode_pair(self._tokenizer, prompt, completion)
+        joined = pair.prompt + pair.completion
         ids = joined if self._end is None or joined[-1] == self._end else (*joined, self._end)
         begins = self._tokenizer.bos_token_id is not None and ids[0] == self._tokenizer.bos_token_id
-        return _Draft(ids, ((max(1, len(before)), len(ids)),), front=int(begins))
+        return _Draft(ids, ((max(1, len(pair.prompt)), len(ids)),), front=int(begins))
 
     def _paragraph(self, where: str, text: str) -> tuple[int, ...]:
-        ids = self._ids(_text(where, "text", text))
+        ids = encode_whole(self._tokenizer, _text(where, "text", text))
         return ids if self._end is None or ids[-1:] == (self._end,) else (*ids, self._end)
-
-    def _ids(self, text: str, special: bool = True) -> tuple[int, ...]:
-        # A tokenizer warns about texts longer than the model's context; here they are cut after.
-        encoded = self._tokenizer(text, add_special_tokens=special, verbose=False)
-        return tuple(encoded.input_ids)
 
     def _conversation(self, where: str, messages: list[dict[str, str]]) -> _Draft:
         if not self._tokenizer.chat_template:

@@ -23,9 +23,11 @@ from fedsea.client.examples import (
     ReadOptions,
     TooLong,
     read_examples,
+    record_examples,
 )
 from fedsea.demo import model_path
 from fedsea.errors import ConfigError, DataError
+from fedsea.tasks.records import Record
 
 SECRET = "Hillary has measles"
 MARKED = (
@@ -390,3 +392,29 @@ class TestSplit:
         """A share that leaves nothing to learn or to evaluate is refused."""
         with pytest.raises(ConfigError, match="without any"):
             ExampleSet(tuple(examples_of([4] * 20))).split(share, seed=0)
+
+
+RECORDS = (Record("ab", " yes"), Record("ab", ""), Record("long prompt", " no"))
+
+
+class TestRecords:
+    def test_those_with_a_completion(self, tokenizer):
+        """They become what a line with prompt and completion becomes."""
+        found = record_examples(RECORDS, tokenizer).examples
+        assert [tokenizer.decode(each.targets) for each in found] == [" yes</s>", " no</s>"]
+        prompts = [tokenizer.decode(each.ids[: each.answers[0][0]]) for each in found]
+        assert prompts == ["ab", "long prompt"]
+
+    def test_those_that_are_too_long(self, tokenizer):
+        """They are left out or cut, as the options say."""
+        skipped = record_examples(RECORDS, tokenizer, ReadOptions(max_tokens=8))
+        cut = record_examples(RECORDS, tokenizer, ReadOptions(max_tokens=8, too_long=TooLong.CUT))
+        assert (len(skipped), skipped.skipped) == (1, 1)
+        assert (len(cut), cut.cut) == (2, 1)
+
+    def test_nothing_to_learn(self, tokenizer):
+        """A split without labels, or one of which nothing fits, cannot be trained on."""
+        with pytest.raises(DataError, match="no record says what shall be learned"):
+            record_examples([Record("ab", "")], tokenizer)
+        with pytest.raises(DataError, match="no record fits"):
+            record_examples(RECORDS, tokenizer, ReadOptions(max_tokens=2))
