@@ -268,7 +268,9 @@ class SplitForTraining(nn.Module):
     `train` mode. One thread at a time. Use it as a context manager, or call `close`.
     """
 
-    accepts_loss_kwargs = True  # tells transformers' Trainer about `num_items_in_batch`
+    # What transformers' Trainer asks for, to count the labels of a batch as the loss does.
+    accepts_loss_kwargs = True
+    loss_type = "ForCausalLM"
 
     def __init__(
         self,
