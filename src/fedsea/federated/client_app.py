@@ -30,6 +30,7 @@ from flwr.common import (
     parameters_to_ndarrays,
 )
 
+from fedsea import settings
 from fedsea.errors import ConfigError
 from fedsea.federated import secure
 from fedsea.federated.arrays import Arrays, in_order
@@ -100,7 +101,7 @@ def from_environment() -> ClientApp:
     if not path:
         raise ConfigError("no client process is named; start with `fedsea federate client`")
     text = os.environ.get(TERMS, "")
-    terms = SecureSection(**json.loads(text)) if text else None
+    terms = settings.section(SecureSection, "secure", json.loads(text)) if text else None
     return client_app(lambda header, arrays: call(path, header, arrays), terms)
 
 

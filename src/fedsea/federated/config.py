@@ -8,24 +8,39 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
-import types
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
-from fedsea.errors import ConfigError
+from fedsea import settings
+from fedsea.settings import need
 
-STRATEGIES = ("fedavg", "fedprox", "fedadam", "normfedavg")
-NEIGHBOURS = ("replace", "remove")
-OUTSIDE = ("scale", "refuse")
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_TEXTS = tuple[str, ...]
+_NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
 _S = TypeVar("_S")
-_Table = Mapping[str, Any]
+
+
+class Kind(StrEnum):
+    """A strategy."""
+
+    FEDAVG = "fedavg"
+    FEDPROX = "fedprox"
+    FEDADAM = "fedadam"
+    NORMFEDAVG = "normfedavg"
+
+
+class Neighbours(StrEnum):
+    """Which two federations must be hard to tell apart."""
+
+    REPLACE = "replace"
+    REMOVE = "remove"
+
+
+class Outside(StrEnum):
+    """What becomes of an update with numbers beyond the clip range of secure aggregation."""
+
+    SCALE = "scale"
+    REFUSE = "refuse"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +75,13 @@ class FederationSection:
         _named("federation.name", self.name)
         for name in self.clients:
             _named("federation.clients", name)
-        _need(
+        need(
             len(self.clients) >= 2 and len(set(self.clients)) == len(self.clients),
             "federation.clients must name two or more different clients",
         )
         _at_least(1, "federation", self, "rounds", "least", "attempts", "keep")
         _positive("federation", self, "wait_s", "round_timeout_s")
-        _need(
+        need(
             self.least <= len(self.clients),
             f"federation.least is {self.least} of {len(self.clients)} clients; lower it",
         )
@@ -86,7 +101,7 @@ class StrategySection:
         tau: added to the root of the second, with `fedadam`.
     """
 
-    kind: str = "fedavg"
+    kind: Kind = Kind.FEDAVG
     weigh: bool = True
     proximal: float = 0.01
     learning_rate: float = 0.1
@@ -95,10 +110,9 @@ class StrategySection:
     tau: float = 1e-3
 
     def __post_init__(self) -> None:
-        _one_of(STRATEGIES, "strategy.kind", self.kind)
         _at_least(0, "strategy", self, "proximal")
         _positive("strategy", self, "learning_rate", "tau")
-        _need(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "strategy.beta1 and beta2 are in [0, 1)")
+        need(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "strategy.beta1 and beta2 are in [0, 1)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,16 +134,15 @@ class SecureSection:
     clip: float = 1.0
     max_weight: float = 100000.0
     timeout_s: float = 600.0
-    outside: str = "scale"
+    outside: Outside = Outside.SCALE
 
     def __post_init__(self) -> None:
-        _need(
+        need(
             self.least >= 3,
             f"secure.least is {self.least}; the sum of fewer than 3 updates tells one client "
             "the other's",
         )
         _positive("secure", self, "clip", "max_weight", "timeout_s")
-        _one_of(OUTSIDE, "secure.outside", self.outside)
 
     def threshold(self, cohort: int) -> int:
         """How many of a cohort must answer for their sum to be unmasked: a majority at least.
@@ -156,19 +169,18 @@ class PrivacySection:
     """
 
     mu: float | None = None
-    neighbours: str = "replace"
+    neighbours: Neighbours = Neighbours.REPLACE
     ledger: Path | None = None
     budget_mu: float | None = None
 
     def __post_init__(self) -> None:
-        _one_of(NEIGHBOURS, "privacy.neighbours", self.neighbours)
         for name in ("mu", "budget_mu"):
             value = getattr(self, name)
-            _need(
+            need(
                 value is None or (math.isfinite(value) and value > 0),
                 f"privacy.{name} is {value}; give a positive number",
             )
-        _need(
+        need(
             self.mu is not None or self.budget_mu is None,
             "privacy.budget_mu limits nothing without privacy.mu; give both",
         )
@@ -185,23 +197,23 @@ class FederationConfig:
 
     def __post_init__(self) -> None:
         section, secure = self.federation, self.secure
-        _need(
+        need(
             not secure.enabled or secure.least <= len(section.clients),
             f"secure.least is {secure.least} and there are {len(section.clients)} clients",
         )
-        weighs = self.strategy.weigh and self.strategy.kind != "normfedavg"
-        _need(
+        weighs = self.strategy.weigh and self.strategy.kind is not Kind.NORMFEDAVG
+        need(
             weighs or not secure.enabled or secure.max_weight == 1,
             "all clients weigh the same here; set secure.max_weight to 1 at all sides",
         )
-        _need(
-            self.privacy.mu is None or self.strategy.kind == "normfedavg",
+        need(
+            self.privacy.mu is None or self.strategy.kind is Kind.NORMFEDAVG,
             f"privacy.mu is of unit updates and strategy.kind is {self.strategy.kind}; "
             "use normfedavg",
         )
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path) -> FederationConfig:
         """Read a TOML file.
 
         Raises:
@@ -216,103 +228,81 @@ class FederationConfig:
         return max(self.federation.least, secure)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AggregatorSection:
+    """Where clients reach the aggregator, and with which certificates.
+
+    Attributes:
+        address: host:port to listen on; the only one that is not on loopback.
+        ca: certificate of the authority that signs clients.
+        certificate: the aggregator's certificate, for its host.
+        key: key of the certificate.
+    """
+
+    ca: Path
+    certificate: Path
+    key: Path
+    address: str = "127.0.0.1:50061"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AggregatorConfig(FederationConfig):
+    """The settings of an aggregator that clients reach over a network."""
+
+    aggregator: AggregatorSection
+
+    @classmethod
+    def load(cls, path: str | Path) -> AggregatorConfig:
+        """Read a TOML file.
+
+        Raises:
+            ConfigError: it cannot be read, or a key or value in it cannot be used.
+        """
+        return read_settings(cls, Path(path))
+
+
 def read_settings(cls: type[_S], path: Path) -> _S:
     """Read the settings of `cls` out of a TOML file; its fields are the tables.
 
     Raises:
         ConfigError: the file cannot be read, or a key or value in it cannot be used.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"the configuration {path} does not exist; fix the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(f"the configuration {path} cannot be read: {reason}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
-    return from_tables(cls, table, path.parent)
+    return from_tables(cls, settings.read_toml(path), path.parent)
 
 
-def from_tables(cls: type[_S], table: _Table, base: Path | None = None) -> _S:
+def from_tables(cls: type[_S], table: settings.Table, base: Path | None = None) -> _S:
     """Settings out of nested tables; paths are relative to `base`.
 
     Raises:
         ConfigError: a key or value cannot be used.
     """
     sections = get_type_hints(cls)
-    _check_keys(table, sections, "the configuration")
-    built = {}
-    for name, section in sections.items():
-        own = table.get(name, {})
-        _need(isinstance(own, Mapping), f"{name} is a single value; write a section [{name}]")
-        built[name] = _section(section, name, own, base)
-    return cls(**built)
-
-
-def _section(section: type[_S], name: str, table: _Table, base: Path | None) -> _S:
-    hints = get_type_hints(section)
-    _check_keys(table, hints, f"section [{name}]")
-    declared: tuple[Any, ...] = fields(section)  # type: ignore[arg-type]
-    for entry in declared:
-        required = entry.default is MISSING and entry.default_factory is MISSING
-        _need(not required or entry.name in table, f"{name}.{entry.name} is missing; add it")
-    values = {key: _value(f"{name}.{key}", hints[key], value, base) for key, value in table.items()}
-    return section(**values)
-
-
-def _check_keys(table: _Table, known: Mapping[str, Any], where: str) -> None:
-    for key in table:
-        if key not in known:
-            near = get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"{key} is no key of {where}; did you mean {near}?")
-
-
-def _value(key: str, hint: Any, value: Any, base: Path | None) -> Any:
-    if hint == _TEXTS:
-        _need(
-            isinstance(value, list | tuple) and all(isinstance(item, str) for item in value),
-            f'{key} is no list of texts; write one, as in ["acme", "globex"]',
-        )
-        return tuple(value)
-    union = get_origin(hint) in (Union, types.UnionType)
-    accepted = get_args(hint) if union else (hint,)
-    if Path in accepted and isinstance(value, str | Path):
-        return Path(value) if base is None else base / Path(value).expanduser()
-    if float in accepted and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) in accepted:
-        return value
-    names = " or ".join(kind.__name__ for kind in accepted if kind is not types.NoneType)
-    raise ConfigError(f"{key} is of type {type(value).__name__}; give a {names}")
-
-
-def _named(key: str, text: str) -> None:
-    _need(
-        _NAME.fullmatch(text) is not None,
-        f"{key}: {text!r} is no name; use letters, digits, dots, dashes and underscores",
+    settings.check_keys(table, sections, "the configuration")
+    return cls(
+        **{
+            name: settings.section(kind, name, settings.table_at(table, name), base)
+            for name, kind in sections.items()
+        }
     )
 
 
-def _need(fulfilled: bool, message: str) -> None:
-    if not fulfilled:
-        raise ConfigError(message)
+def _named(key: str, text: str) -> None:
+    need(
+        _NAME.fullmatch(text) is not None,
+        f"{key}: {text!r} is no name; use up to 63 of a-z, 0-9, dots, dashes and underscores",
+    )
 
 
 def _at_least(least: float, section: str, owner: Any, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        _need(value >= least, f"{section}.{name} is {value}; give at least {least}")
+        need(value >= least, f"{section}.{name} is {value}; give at least {least}")
 
 
 def _positive(section: str, owner: Any, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        _need(
+        need(
             math.isfinite(value) and value > 0,
             f"{section}.{name} is {value}; give a positive number",
         )
-
-
-def _one_of(choices: tuple[str, ...], key: str, value: str) -> None:
-    _need(value in choices, f"{key} is {value!r}; choose one of {', '.join(choices)}")

@@ -13,13 +13,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from fedsea import artifacts
 from fedsea.errors import CheckpointError, ConfigError, NotFinite, PermissionDenied, PrivacyError
 from fedsea.federated.arrays import Arrays, largest, layout_digest, norm, packed, plus, unpacked
+from fedsea.federated.config import Outside
 from fedsea.federated.unit_update import UnitUpdate
 from fedsea.model.adapters import CONFIG, TENSORS
 from fedsea.model.checkpoints import Steps
@@ -27,13 +27,6 @@ from fedsea.privacy.ledger import Account
 from fedsea.privacy.noise import NoiseSource
 
 _PERSONAL: Final = "personal.safetensors"
-
-
-class Outside(StrEnum):
-    """What becomes of an update with numbers beyond the clip range of secure aggregation."""
-
-    SCALE = "scale"
-    REFUSE = "refuse"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,16 +88,16 @@ class Policy:
     """What this client allows, whatever the aggregator asks for.
 
     Attributes:
-        personal: what stays here: an array whose name holds one of these is never averaged.
-        frozen: names that end so are equal at all clients and are not trained (A under FFA-LoRA).
+        personal: names of arrays that stay here and are never averaged.
+        frozen: names of others that are equal at all clients and not trained (A under FFA-LoRA).
         clip: largest absolute number of an update, where secure aggregation needs one.
         outside: what becomes of an update beyond it.
         max_weight: largest number of examples that may be told.
         share_loss: the aggregator may ask for the mean loss on the examples kept apart.
     """
 
-    personal: tuple[str, ...] = ()
-    frozen: tuple[str, ...] = ()
+    personal: frozenset[str] = frozenset()
+    frozen: frozenset[str] = frozenset()
     clip: float | None = None
     outside: Outside = Outside.SCALE
     max_weight: float | None = None
@@ -250,10 +243,10 @@ class LocalClient:
             )
 
     def _is_personal(self, name: str) -> bool:
-        return any(part in name for part in self._policy.personal)
+        return name in self._policy.personal
 
     def _is_frozen(self, name: str) -> bool:
-        return not self._is_personal(name) and name.endswith(self._policy.frozen)
+        return name in self._policy.frozen and not self._is_personal(name)
 
     def _enter(self, finished: int) -> None:
         """Bring the personal parts to where they were after a round."""

@@ -27,7 +27,7 @@ from flwr.server.strategy import FedAdam, FedAvg
 
 from fedsea.errors import CheckpointError, ConfigError
 from fedsea.federated.arrays import Arrays, in_order, named, plus
-from fedsea.federated.config import StrategySection
+from fedsea.federated.config import Kind, StrategySection
 from fedsea.federated.unit_update import UnitUpdate
 from fedsea.privacy.noise import NoiseSource
 
@@ -204,20 +204,20 @@ def averaging(
     Raises:
         ConfigError: noise is asked for with another strategy than NormFedAvg.
     """
-    if mechanism is not None and section.kind != "normfedavg":
+    if mechanism is not None and section.kind is not Kind.NORMFEDAVG:
         raise ConfigError(
             f"noise is calibrated to unit updates and strategy.kind is {section.kind}; "
             "use normfedavg, or leave the [privacy] table out"
         )
     match section.kind:
-        case "fedavg":
+        case Kind.FEDAVG:
             return FlowerAveraging(weighs=section.weigh)
-        case "fedprox":
+        case Kind.FEDPROX:
             return FlowerAveraging(section.proximal, weighs=section.weigh)
-        case "fedadam":
+        case Kind.FEDADAM:
             betas = section.beta1, section.beta2
             return FlowerAdam(section.learning_rate, betas, section.tau, weighs=section.weigh)
-        case _:
+        case Kind.NORMFEDAVG:
             return NormFedAvg(section.learning_rate, expected, mechanism, noise)
 
 

@@ -18,7 +18,6 @@ It does not protect it from the server that computes its rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import ClassVar, Final
 
 import numpy as np
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from fedsea.errors import ConfigError, UnsafeRows
 from fedsea.federated.arrays import Array, Arrays, norm
-from fedsea.federated.config import PrivacySection
+from fedsea.federated.config import Neighbours, PrivacySection
 from fedsea.privacy.accounts import Budget
 from fedsea.privacy.clipping import checked_rows
 from fedsea.privacy.gaussian_loss import GaussianLoss
@@ -37,13 +36,6 @@ from fedsea.privacy.mechanism import Mechanism, Unit, number_text, positive
 from fedsea.privacy.noise import NoiseSource
 
 RECORD: Final = "any one client"
-
-
-class Neighbours(StrEnum):
-    """Which two federations must be hard to tell apart."""
-
-    REPLACE = "replace"
-    REMOVE = "remove"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -138,7 +130,7 @@ def mechanism_of(section: PrivacySection) -> UnitUpdate | None:
     """The mechanism that a configuration asks for, if it asks for one."""
     if section.mu is None:
         return None
-    return UnitUpdate(section.mu, Neighbours(section.neighbours))
+    return UnitUpdate(section.mu, section.neighbours)
 
 
 def account_of(

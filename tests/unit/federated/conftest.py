@@ -6,58 +6,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from tests.federated_steps import Steps
 
 from fedsea.federated.arrays import Arrays
 from fedsea.federated.client_app import client_app
 from fedsea.federated.config import FederationConfig, SecureSection, from_tables
-from fedsea.federated.local import FitSettings, LocalClient, Policy
+from fedsea.federated.local import LocalClient, Policy
 from fedsea.federated.memory import MemoryGrid, new_context
 from fedsea.federated.requests import Requests
 from fedsea.federated.rounds import Federation, RoundReport
-
-STEM = "base_model.model.model.layers"
-BOTTOM_A = f"{STEM}.0.self_attn.q_proj.lora_A.weight"
-BOTTOM_B = f"{STEM}.0.self_attn.q_proj.lora_B.weight"
-TOP_B = f"{STEM}.3.self_attn.q_proj.lora_B.weight"
-LAYOUT = {BOTTOM_A: (2, 3), BOTTOM_B: (4, 2), TOP_B: (5,)}
-
-
-class Steps:
-    """Moves every number half of the way to a target, as often as it is told."""
-
-    def __init__(self, target: float, examples: int, steps: int = 1, begin: float = 0.0) -> None:
-        self.target = np.float32(target)
-        self.examples = examples
-        self.steps = steps
-        self.rounds: list[int] = []
-        self._arrays = {name: np.full(shape, begin, np.float32) for name, shape in LAYOUT.items()}
-
-    @property
-    def description(self) -> Mapping[str, Any]:
-        return {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
-
-    def arrays(self) -> Arrays:
-        return {name: array.copy() for name, array in self._arrays.items()}
-
-    def load(self, arrays: Mapping[str, Any]) -> None:
-        for name, array in arrays.items():
-            assert self._arrays[name].shape == array.shape
-            self._arrays[name] = np.array(array, np.float32)
-
-    def fit(self, settings: FitSettings) -> int:
-        self.rounds.append(settings.round)
-        start = self.arrays()
-        for _ in range(self.steps):
-            for name, array in self._arrays.items():
-                pull = settings.proximal * (start[name] - array)
-                self._arrays[name] = (array + (self.target - array) / 2 + pull).astype(np.float32)
-        return self.examples
-
-    def evaluate(self) -> tuple[float, int]:
-        away = [float(np.abs(self.target - array).mean()) for array in self._arrays.values()]
-        return sum(away) / len(away), self.examples
 
 
 class Simulated:

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from tests.unit.federated.conftest import BOTTOM_A, BOTTOM_B, LAYOUT, TOP_B
+from tests.federated_steps import BOTTOM_A, BOTTOM_B, LAYOUT, TOP_B
 
 from fedsea.errors import BudgetExceeded, CheckpointError, ConfigError, TrainingError
 from fedsea.federated.arrays import packed, unpacked
@@ -209,7 +209,7 @@ def test_a_stopped_federation_goes_on_to_the_same_bits(simulate, tmp_path, secur
 
 def test_personal_parts_stay_at_home(simulate, tmp_path):
     """The top is not averaged; it never travels, and each client keeps its own after a resume."""
-    policy = Policy(personal=(".layers.3.",))
+    policy = Policy(personal=frozenset({TOP_B}))
     federation = simulate(TWO, policy, federation={"rounds": 2})
 
     arrays = federation.run()
@@ -228,7 +228,7 @@ def test_personal_parts_stay_at_home(simulate, tmp_path):
 
 def test_a_client_that_lost_its_personal_parts_says_so(simulate, tmp_path):
     """Going on without what was kept would be another training."""
-    policy = Policy(personal=(".layers.3.",))
+    policy = Policy(personal=frozenset({TOP_B}))
     simulate(TWO, policy, federation={"rounds": 2}).run()
     again = simulate(TWO, policy, federation={"rounds": 3})
     again.clients["acme"]._steps.path(2).joinpath("personal.safetensors").unlink()
@@ -239,7 +239,7 @@ def test_a_client_that_lost_its_personal_parts_says_so(simulate, tmp_path):
 
 def test_frozen_factors_do_not_travel(simulate):
     """Under FFA-LoRA only B is averaged; the saved adapter holds A as well."""
-    federation = simulate(TWO, Policy(frozen=(".lora_A.weight",)))
+    federation = simulate(TWO, Policy(frozen=frozenset({BOTTOM_A})))
 
     arrays = federation.run()
 
@@ -268,7 +268,7 @@ def test_losses_are_told_by_those_who_agree(simulate):
 def test_a_folder_of_another_adapter_is_refused(simulate):
     """Saved rounds of another layout are not taken for this federation's."""
     simulate(TWO).run()
-    other = simulate(TWO, Policy(personal=(".layers.3.",)), federation={"rounds": 2})
+    other = simulate(TWO, Policy(personal=frozenset({TOP_B})), federation={"rounds": 2})
 
     with pytest.raises(CheckpointError, match="another adapter"):
         other.run()

@@ -1,0 +1,259 @@
+"""Mutual TLS around Flower, which knows none: a gate at the aggregator, a tunnel at each client.
+
+Flower's SuperLink takes runs, with their code, from whoever reaches its port. Here it listens on
+loopback only. The *gate* listens on the given address, lets in certificates of named clients
+(TLS 1.3), and passes on requests to Flower's fleet interface, which is what a SuperNode needs, and
+to nothing else. The *tunnel* gives a SuperNode a port of loopback that leads to the gate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import ssl
+import threading
+from collections.abc import Awaitable, Callable, Collection
+from typing import Final
+
+from cryptography import x509
+
+from fedsea.client.background import Background
+from fedsea.errors import BindError, Unauthenticated
+from fedsea.transport.address import Address
+from fedsea.transport.credentials import (
+    ClientTLS,
+    ServerTLS,
+    load_client,
+    load_server,
+    tenant_of,
+)
+
+LOOPBACK: Final = "127.0.0.1"
+
+_HEAD_BYTES: Final = 1 << 15
+_BODY_BYTES: Final = 1 << 31
+_CHUNK: Final = 1 << 16
+_HANDSHAKE_S: Final = 10.0
+_REQUEST: Final = re.compile(rb"POST (/v1/fleet/[a-z-]+) HTTP/1\.1")
+_HEADER: Final = re.compile(rb"([A-Za-z0-9!#$%&'*+.^_`|~-]+):[ \t]*([^\r\n]*)")
+_REFUSED: Final = b"HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+
+_log = logging.getLogger(__name__)
+
+
+class Gate:
+    """Listens for clients until it is closed.
+
+    Args:
+        address: where; port 0 takes a free one.
+        tls: certificate of the aggregator, and the CA that signs clients.
+        clients: names that may come in.
+        link: port of the SuperLink on loopback.
+
+    Raises:
+        BindError: the address cannot be listened on.
+        CertificateError: a file of `tls` cannot be used.
+
+    Attributes:
+        address: where it listens.
+    """
+
+    def __init__(
+        self, address: Address, tls: ServerTLS, clients: Collection[str], link: int
+    ) -> None:
+        self._clients = frozenset(clients)
+        self._link = link
+        load_server(tls)
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(tls.ca))
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_cert_chain(tls.certificate, tls.key)
+        self._background = Background("federation-gate")
+        self._server = self._background.run(_listening(self._serve, address, context))
+        self.address = Address(address.host, self._server.sockets[0].getsockname()[1])
+
+    def close(self) -> None:
+        """Stop; open connections end."""
+        self._background.stop(_closed(self._server))
+
+    async def _serve(self, near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+        # Cancelled when the gate is closed.
+        ends = (OSError, ssl.SSLError, asyncio.IncompleteReadError, asyncio.CancelledError)
+        with contextlib.suppress(*ends):
+            try:
+                name = self._name(back)
+                if name not in self._clients:
+                    _log.warning("a certificate of %s was shown, which takes no part", name)
+                    return
+                await self._pass_on(near, back)
+            finally:
+                back.close()
+
+    def _name(self, back: asyncio.StreamWriter) -> str | None:
+        shown = back.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        try:
+            return tenant_of(x509.load_der_x509_certificate(shown)) if shown else None
+        except (Unauthenticated, ValueError):
+            return None
+
+    async def _pass_on(self, near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+        far, forth = await asyncio.open_connection(LOOPBACK, self._link)
+        answers = asyncio.create_task(_pump(far, back))
+        try:
+            while (head := await _head(near)) is not None:
+                length = body_length(head)
+                if length is None:
+                    back.write(_REFUSED)
+                    await back.drain()
+                    return
+                forth.write(head)
+                await _exactly(near, forth, length)
+        finally:
+            forth.close()
+            answers.cancel()
+            await asyncio.gather(answers, return_exceptions=True)
+
+
+class Tunnel:
+    """A port of loopback that leads to a gate, until it is closed.
+
+    Args:
+        gate: the gate's address.
+        tls: this client's certificate, and the CA that signs the aggregator.
+
+    Raises:
+        CertificateError: a file of `tls` cannot be used.
+
+    Attributes:
+        address: where it listens on loopback.
+        lost: set when the gate could not be reached.
+    """
+
+    def __init__(self, gate: Address, tls: ClientTLS) -> None:
+        load_client(tls)
+        self._gate = gate
+        self._name = tls.server_name or gate.host
+        self._context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=str(tls.ca))
+        self._context.minimum_version = ssl.TLSVersion.TLSv1_3
+        self._context.load_cert_chain(tls.certificate, tls.key)
+        self.lost = threading.Event()
+        self._background = Background("federation-tunnel")
+        here = Address(LOOPBACK, 0)
+        self._server = self._background.run(_listening(self._serve, here, None))
+        self.address = Address(LOOPBACK, self._server.sockets[0].getsockname()[1])
+
+    def close(self) -> None:
+        """Stop; open connections end."""
+        self._background.stop(_closed(self._server))
+
+    async def _serve(self, near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+        try:
+            far, forth = await asyncio.open_connection(
+                self._gate.host,
+                self._gate.port,
+                ssl=self._context,
+                server_hostname=self._name,
+                ssl_handshake_timeout=_HANDSHAKE_S,
+            )
+        except (OSError, ssl.SSLError) as error:
+            self.lost.set()
+            _log.warning("the aggregator at %s cannot be reached: %s", self._gate, _reason(error))
+            back.close()
+            return
+        self.lost.clear()
+        pumps = [asyncio.create_task(_pump(near, forth)), asyncio.create_task(_pump(far, back))]
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+            forth.close()
+            back.close()
+
+
+def body_length(head: bytes) -> int | None:
+    """How many bytes follow the head of a request; None when it may not pass.
+
+    Only POST to the fleet interface with one plain Content-Length passes, so that the gate and
+    Flower cannot disagree about where a request ends.
+    """
+    first, *lines = head.removesuffix(b"\r\n\r\n").split(b"\r\n")
+    if _REQUEST.fullmatch(first) is None:
+        return None
+    lengths = []
+    for line in lines:
+        match = _HEADER.fullmatch(line)
+        if match is None:
+            return None
+        name = match[1].lower()
+        if name in (b"transfer-encoding", b"upgrade", b"expect"):
+            return None
+        if name == b"content-length":
+            lengths.append(match[2].strip())
+    if len(lengths) != 1 or not lengths[0].isdigit() or int(lengths[0]) > _BODY_BYTES:
+        return None
+    return int(lengths[0])
+
+
+async def _head(near: asyncio.StreamReader) -> bytes | None:
+    """The head of the next request; None at the end."""
+    try:
+        return await near.readuntil(b"\r\n\r\n")
+    except asyncio.IncompleteReadError as error:
+        if error.partial:
+            raise
+        return None
+    except asyncio.LimitOverrunError as error:
+        raise ConnectionError from error
+
+
+async def _exactly(near: asyncio.StreamReader, forth: asyncio.StreamWriter, length: int) -> None:
+    while length:
+        part = await near.read(min(_CHUNK, length))
+        if not part:
+            raise ConnectionError
+        length -= len(part)
+        forth.write(part)
+        await forth.drain()
+    await forth.drain()
+
+
+async def _pump(near: asyncio.StreamReader, forth: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError, ssl.SSLError):
+        while part := await near.read(_CHUNK):
+            forth.write(part)
+            await forth.drain()
+        forth.close()
+
+
+async def _listening(
+    serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+    address: Address,
+    context: ssl.SSLContext | None,
+) -> asyncio.Server:
+    timeout = None if context is None else _HANDSHAKE_S
+    try:
+        return await asyncio.start_server(
+            serve,
+            address.host,
+            address.port,
+            ssl=context,
+            limit=_HEAD_BYTES,
+            ssl_handshake_timeout=timeout,
+        )
+    except OSError as error:
+        raise BindError(
+            f"{address} cannot be listened on ({_reason(error)}); choose another"
+        ) from error
+
+
+async def _closed(server: asyncio.Server) -> None:
+    server.close()
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or type(error).__name__

@@ -1,0 +1,189 @@
+"""Local training of a federation on a split model: rows go to the trunk's server as ever.
+
+A round is a fixed number of optimizer steps from the global arrays, with a fresh optimizer. Round r
+has the steps (r - 1) n + 1 to r n of the trunk, which the server saves at its end; so a round that
+is done anew begins where it began before, at both sides, and ends with the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fedsea.client.examples import Batches, Example, StepBatches
+from fedsea.client.trainable import trainable
+from fedsea.client.training import SplitForTraining
+from fedsea.client.training_config import TrainerConfig
+from fedsea.errors import ConfigError, Draining, NotFinite, SessionLost, TransportError
+from fedsea.federated.arrays import Arrays
+from fedsea.federated.local import FitSettings
+from fedsea.model.adapters import description, tensor_names
+from fedsea.model.optimization import AdapterOptimizer
+
+_BROKEN: Final = (TransportError, SessionLost, Draining)
+_MOST_BREAKS: Final = 8
+
+
+class SplitTraining:
+    """Trains the adapters of bottom and top, and with the trunk's, if there is one, at the server.
+
+    Args:
+        model: connected; it has an adapter in bottom or top.
+        config: of the steps. `steps`, or the steps of `epochs`, are those of one round, and the
+            schedule of the learning rate is that of a round.
+        train: examples to learn from.
+        evaluation: examples kept apart.
+
+    Raises:
+        ConfigError: bottom and top have no adapter, so that there is nothing to average.
+        DataError: there are no examples.
+    """
+
+    def __init__(
+        self,
+        model: SplitForTraining,
+        config: TrainerConfig,
+        train: Sequence[Example],
+        evaluation: Sequence[Example] = (),
+    ) -> None:
+        if model.lora is None or not any(adapter.factors for adapter in model.adapters()):
+            raise ConfigError(
+                "bottom and top have no adapter, so there is nothing to average: name them in "
+                "lora.train"
+            )
+        self._model = model
+        self._split = trainable(model)
+        self._config = config
+        self._examples = len(train)
+        self._batches = _batches(train, config)
+        self._evaluation = _batches(evaluation, config) if evaluation else None
+        self._steps = config.steps or self._batches.steps(config.epochs)
+        self._description = description(model.lora, model.checkpoint.name)
+        self._is_open = True
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        return self._description
+
+    def part(self, part: str) -> frozenset[str]:
+        """The names of all arrays of "bottom" or "top"."""
+        adapters = dict(zip(("bottom", "top"), self._model.adapters(), strict=True))
+        return frozenset(name for place in adapters[part].factors for name in tensor_names(place))
+
+    def frozen(self) -> frozenset[str]:
+        """The names of arrays that are not trained."""
+        return frozenset(
+            name for name, factor in self._factors().items() if not factor.requires_grad
+        )
+
+    def arrays(self) -> Arrays:
+        return {
+            name: factor.detach().cpu().numpy().copy() for name, factor in self._factors().items()
+        }
+
+    def load(self, arrays: Mapping[str, Any]) -> None:
+        factors = self._factors()
+        with torch.no_grad():
+            for name, array in arrays.items():
+                factors[name].copy_(torch.from_numpy(array))
+        self._split.changed()
+
+    def fit(self, settings: FitSettings) -> int:
+        start = self.arrays()
+        for breaks in range(_MOST_BREAKS + 1):
+            try:
+                self._round(settings, start)
+                return self._examples
+            except _BROKEN:
+                self._is_open = False
+                if breaks == _MOST_BREAKS:
+                    raise
+                self.load(start)
+        raise AssertionError("a loop that returns or raises has ended")
+
+    def evaluate(self) -> tuple[float, int]:
+        if self._evaluation is None:
+            raise ConfigError("there are no examples to evaluate on; give run.evaluation")
+        if not self._is_open:
+            self._open(self._model.steps)
+        total, tokens, examples = 0.0, 0, 0
+        with torch.no_grad():
+            for work in self._evaluation.epoch(0):
+                for batch in work.batches:
+                    total += float(self._summed(batch))
+                    examples += len(batch)
+                tokens += work.answer_tokens
+        return total / tokens, examples
+
+    def _round(self, settings: FitSettings, start: Arrays) -> None:
+        first = (settings.round - 1) * self._steps
+        self._open(first)
+        optimizer = AdapterOptimizer(self._split.trained(), self._config.optimizer)
+        coming = self._batches.from_step(first)
+        for step in range(1, self._steps + 1):
+            rate, clip = self._config.rate(step, self._steps), self._config.clip
+            self._gradients(first + step, next(coming))
+            if settings.proximal:
+                self._pull(start, settings.proximal)
+            optimizer.gradient_norm()
+            if not self._split.trunk.step(first + step, rate, clip, 1.0).applied:
+                raise NotFinite(
+                    f"a gradient of the trunk in round {settings.round} is NaN or infinite; "
+                    "lower the learning rate"
+                )
+            optimizer.apply(rate, clip)
+            self._split.changed()
+        self._split.trunk.save(first + self._steps)
+
+    def _gradients(self, number: int, work: StepBatches) -> None:
+        """Gradients of the mean loss over the answer tokens of a step."""
+        self._split.begin_step(number)
+        for batch in work.batches:
+            loss = self._summed(batch) / work.answer_tokens
+            if not bool(torch.isfinite(loss)):
+                raise NotFinite(
+                    f"the loss of step {number} is NaN or infinite; lower the learning rate"
+                )
+            loss.backward()
+
+    @torch.no_grad()
+    def _pull(self, start: Arrays, proximal: float) -> None:
+        """Add the gradient of proximal/2 |w - start|^2 (FedProx, arXiv 1812.06127)."""
+        for name, factor in self._factors().items():
+            if factor.grad is not None:
+                away = factor - torch.from_numpy(start[name]).to(factor.device)
+                factor.grad.add_(away, alpha=proximal)
+
+    def _summed(self, batch: Sequence[Example]) -> Tensor:
+        logits = self._split.logits(batch).float()
+        targets = [target for example in batch for target in example.targets]
+        return cross_entropy(logits, torch.tensor(targets, device=logits.device), reduction="sum")
+
+    def _open(self, step: int) -> None:
+        """Have the trunk at a step, of whose successor nothing is done."""
+        if not self._is_open or self._model.steps != step:
+            self._model.reopen([step])
+            self._is_open = True
+        self._split.trunk.reset()
+
+    def _factors(self) -> dict[str, torch.nn.Parameter]:
+        return {
+            name: factor
+            for adapter in self._model.adapters()
+            for place, factors in adapter.factors.items()
+            for name, factor in zip(tensor_names(place), (factors.a, factors.b), strict=True)
+        }
+
+
+def _batches(examples: Sequence[Example], config: TrainerConfig) -> Batches:
+    return Batches(
+        examples,
+        batch_size=config.batch_size or None,
+        rows=config.batch_rows,
+        accumulate=config.accumulate,
+        seed=config.seed,
+    )
