@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from fedsea.client.pairs import encode_pair, encode_whole
+from fedsea.client.seams import encode_seam, encode_whole
 from fedsea.client.text import decode
 from fedsea.client.together import together
 from fedsea.errors import ConfigError, DataError
@@ -172,8 +172,8 @@ class _Prepared:
             choices: tuple[Ids, ...] = ()
             room = options.new_tokens
         else:
-            pairs = [encode_pair(tokenizer, record.prompt, each.text) for each in record.choices]
-            prompt, choices = pairs[0].prompt, tuple(pair.completion for pair in pairs)
+            seam = encode_seam(tokenizer, record.prompt, [each.text for each in record.choices])
+            prompt, choices = seam.prompt, seam.completions
             room = max(map(len, choices))
         fitted = _fitted(prompt, room, tokenizer.bos_token_id, options.max_tokens)
         return cls(record, Question(fitted, choices), len(fitted) < len(prompt))

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from fedsea.client.pairs import encode_pair, encode_whole
+from fedsea.client.seams import encode_seam, encode_whole
 from fedsea.errors import ConfigError, DataError
 from fedsea.settings import choice
 
@@ -355,11 +355,11 @@ class _Reader:
         """A prompt and what shall follow, with the end of the text when it is asked for."""
         if not completion:
             raise DataError(f"{where} has an empty completion; give what shall be learned")
-        pair = encode_pair(self._tokenizer, prompt, completion)
-        joined = pair.prompt + pair.completion
+        seam = encode_seam(self._tokenizer, prompt, [completion])
+        joined = seam.prompt + seam.completions[0]
         ids = joined if self._end is None or joined[-1] == self._end else (*joined, self._end)
         begins = self._tokenizer.bos_token_id is not None and ids[0] == self._tokenizer.bos_token_id
-        return _Draft(ids, ((max(1, len(pair.prompt)), len(ids)),), front=int(begins))
+        return _Draft(ids, ((max(1, len(seam.prompt)), len(ids)),), front=int(begins))
 
     def _paragraph(self, where: str, text: str) -> tuple[int, ...]:
         ids = encode_whole(self._tokenizer, _text(where, "text", text))
