@@ -82,27 +82,30 @@ class PromptTable:
             entries[name] = Owned(prompt, frozenset(section.tenants))
         return cls(entries)
 
-    def of(self, tenant: str, name: str, first_block: int) -> SoftPrompt | None:
-        """The prompt that a session named; None when it named none.
-
-        Raises:
-            PermissionDenied: there is none of that name for this tenant, whoever else has one.
-            ConfigError: the session's trunk begins with another block.
-        """
-        if not name:
-            return None
+    def of(self, tenant: str, name: str) -> SoftPrompt | None:
+        """The prompt of that name that a tenant may use; None when there is none."""
         found = self.entries.get(name)
-        if found is None or not found.is_for(tenant):
-            raise PermissionDenied(
-                "no soft prompt of that name is served to this tenant; ask the operator for its "
-                "names"
-            )
-        if found.prompt.entrance != first_block:
-            raise ConfigError(
-                f"the soft prompt enters block {found.prompt.entrance} and the trunk was asked to "
-                f"begin with block {first_block}; use bottom={found.prompt.entrance}"
-            )
-        return found.prompt
+        return found.prompt if found is not None and found.is_for(tenant) else None
+
+
+def unknown_prompt() -> PermissionDenied:
+    """The answer to a name that this tenant has no prompt for, whoever else has one."""
+    return PermissionDenied(
+        "no soft prompt of that name is served to this tenant; ask the operator for its names"
+    )
+
+
+def check_entrance(prompt: SoftPrompt, first_block: int) -> None:
+    """Refuse a prompt for a trunk that begins elsewhere.
+
+    Raises:
+        ConfigError: with the partition that it is for.
+    """
+    if prompt.entrance != first_block:
+        raise ConfigError(
+            f"the soft prompt enters block {prompt.entrance} and the trunk was asked to begin with "
+            f"block {first_block}; use bottom={prompt.entrance}"
+        )
 
 
 def reserved_rows(prompt: SoftPrompt | None, page_rows: int) -> int:

@@ -26,13 +26,14 @@ from fedsea.errors import (
 from fedsea.model.lora import Adapter
 from fedsea.model.partition import Span
 from fedsea.model.projection import Projection
+from fedsea.model.prompts import SoftPrompt
 from fedsea.server import loading
 from fedsea.server.adapters import unknown_adapter
 from fedsea.server.config import LimitsSection, ServerConfig
 from fedsea.server.engine import Engine, Work
 from fedsea.server.logs import get_logger
 from fedsea.server.metrics import Metrics
-from fedsea.server.prompts import reserved_rows
+from fedsea.server.prompts import check_entrance, reserved_rows, unknown_prompt
 from fedsea.server.quotas import Admissions, TokenBucket
 from fedsea.server.scheduler import Scheduler
 from fedsea.server.session import InferenceSession, Session
@@ -166,7 +167,7 @@ class TrunkService:
         session_id: str,
     ) -> None:
         adapter = await self._adapter(tenant, request.adapter)
-        prompt = self.trunk.prompts.of(tenant, request.prompt, request.first_block)
+        prompt = await self._prompt(tenant, request)
         session = InferenceSession(
             stream,
             connection,
@@ -255,6 +256,23 @@ class TrunkService:
                 await self.engine.accept(found)
         if found is None:
             raise unknown_adapter()
+        return found
+
+    async def _prompt(self, tenant: str, request: Open) -> SoftPrompt | None:
+        """The soft prompt that a session named, the operator's before the tenant's own.
+
+        Raises:
+            PermissionDenied: the tenant has none of that name.
+            ConfigError: it is for another cut.
+        """
+        if not request.prompt:
+            return None
+        found = self.trunk.prompts.of(tenant, request.prompt)
+        if found is None and self.training is not None:
+            found = await self.training.prompt(tenant, request.prompt)
+        if found is None:
+            raise unknown_prompt()
+        check_entrance(found, request.first_block)
         return found
 
     async def _request(
