@@ -19,6 +19,8 @@ from fedsea.cli import (
     chat,
     demo,
     evaluate,
+    federate,
+    finetune,
     generate,
     inspection,
     privacy,
@@ -90,6 +92,8 @@ app.command("demo")(demo.demo)
 app.command("serve")(serve.serve)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("finetune")(finetune.finetune)
+app.add_typer(federate.app, name="federate")
 app.add_typer(certs.app, name="certs")
 app.command("inspect")(inspection.inspect)
 app.command("split")(split.split)

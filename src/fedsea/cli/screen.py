@@ -111,6 +111,16 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
+def duration_text(seconds: float) -> str:
+    """A long duration as people read it: 7.5 s, 12 s, 3:05 min, 1:02:03 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02} h" if hours else f"{minutes}:{rest:02} min"
+
+
 def _progress(*more: ProgressColumn) -> Progress:
     return Progress(
         SpinnerColumn(),
@@ -149,6 +159,23 @@ def training_bar(description: str) -> Iterator[Callable[[int, int, float], None]
             progress.update(task, completed=done, total=total, loss=f"loss {loss:.4f}")
 
         yield advance
+
+
+class StatusBar:
+    """A bar with figures beside it; it shows from the first call of `show` until it is closed."""
+
+    def __init__(self, description: str) -> None:
+        self._progress = _progress(TextColumn("{task.fields[status]}"))
+        self._task = self._progress.add_task(description, total=None, status="")
+
+    def show(self, done: int, total: int, status: str) -> None:
+        """Take what is done, what there is in all, and the figures."""
+        self._progress.start()
+        self._progress.update(self._task, completed=done, total=total, status=status)
+
+    def close(self) -> None:
+        """Remove the bar; safe to repeat."""
+        self._progress.stop()
 
 
 class loading:  # noqa: N801 - used as a block, like `bar`

@@ -8,10 +8,11 @@ folder that holds the same run goes on with it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedsea.client.connecting import Servers, codec_of, placement_of
 from fedsea.client.examples import (
@@ -21,12 +22,14 @@ from fedsea.client.examples import (
     ReadOptions,
     TooLong,
     read_examples,
+    record_examples,
 )
 from fedsea.client.llm import load_tokenizer
 from fedsea.client.remote import Patience, Tell
 from fedsea.client.trainer import CHECKPOINTS, Callback, Summary, Trainer, ended_run
 from fedsea.client.training import PARTS, SplitForTraining
 from fedsea.client.training_config import SECTION, TrainerConfig
+from fedsea.client.training_metrics import CsvMetrics, TensorBoardMetrics
 from fedsea.client.training_protection import TrainingPolicy, TrainingProtection
 from fedsea.errors import ConfigError
 from fedsea.model.checkpoint import Checkpoint
@@ -35,7 +38,14 @@ from fedsea.model.lora import TARGETS, LoraConfig
 from fedsea.model.partition import Partition
 from fedsea.privacy.attestation import Verifier
 from fedsea.settings import Table, check_keys, need, read_toml, section, table_at
+from fedsea.tasks.catalogue import task
+from fedsea.tasks.loading import load
+from fedsea.tasks.records import Record, split, trainable
+from fedsea.tasks.task import LORA_DROPOUT, LORA_TARGETS
 from fedsea.transport.credentials import ClientTLS, Plaintext
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
@@ -173,6 +183,13 @@ class DataSection:
         paragraphs: a paragraph of a text file is an example with `single`; with `packed`, windows of
             `max_tokens` tokens are.
         end_of_text: whether completions and paragraphs end with the end-of-text token.
+        task: the files are those of this task; empty for files of examples. What it says about
+            `lora.rank`, `lora.alpha`, `lora.dropout`, `lora.targets`, `data.max_tokens` and
+            `training.learning_rate` holds where nothing else is given.
+        style: which of the task's templates; empty for the first one.
+        templates: TOML file that changes the task's templates or adds some.
+        limit: most records of each of its files; None for all.
+        draw: seed of which ones.
     """
 
     loss_on: LossOn = LossOn.ANSWER
@@ -180,9 +197,20 @@ class DataSection:
     too_long: TooLong = TooLong.SKIP
     paragraphs: Paragraphs = Paragraphs.SINGLE
     end_of_text: bool = True
+    task: str = ""
+    style: str = ""
+    templates: Path | None = None
+    limit: int | None = None
+    draw: int = 0
 
     def __post_init__(self) -> None:
         _ = self.options
+        given = {"style": self.style, "templates": self.templates, "limit": self.limit}
+        unused = [key for key, value in given.items() if value] if not self.task else []
+        for key in unused:
+            raise ConfigError(f"data.{key} is given without data.task; name the task")
+        if self.task:
+            task(self.task)
 
     @property
     def options(self) -> ReadOptions:
@@ -193,6 +221,21 @@ class DataSection:
             too_long=self.too_long,
             paragraphs=self.paragraphs,
             end_of_text=self.end_of_text,
+        )
+
+    def records(self, path: Path) -> list[Record]:
+        """The records of a file of the task.
+
+        Raises:
+            ConfigError, DataError: as `fedsea.tasks.loading.load`.
+        """
+        return load(
+            self.task,
+            path,
+            limit=self.limit,
+            seed=self.draw,
+            style=self.style,
+            overrides=self.templates,
         )
 
 
@@ -236,9 +279,12 @@ class FinetuneConfig:
         }
         given = overrides or {}
         check_keys({**table, **given}, kinds, "the configuration")
+        sections = {name: _with_model(table_at(table, name), base) for name in kinds}
+        named = {**sections["data"], **given.get("data", {})}.get("task", "")
+        held = _held(named) if isinstance(named, str) and named else {}
         built: dict[str, Any] = {
             name: section(
-                kind, name, _with_model(table_at(table, name), base), base, given.get(name)
+                kind, name, {**held.get(name, {}), **sections[name]}, base, given.get(name)
             )
             for name, kind in kinds.items()
         }
@@ -268,15 +314,7 @@ class Finetuning:
         self._checkpoint = Checkpoint.open(config.run.model)
         config.parts.partition.trunk_span(self._checkpoint.num_blocks)
         self._tokenizer = load_tokenizer(self._checkpoint)
-        options = config.data.options
-        self.train_set = read_examples(config.run.data, self._tokenizer, options)
-        self.evaluation_set: ExampleSet | None = None
-        if config.run.evaluation is not None:
-            self.evaluation_set = read_examples(config.run.evaluation, self._tokenizer, options)
-        elif config.run.evaluation_share:
-            self.train_set, self.evaluation_set = self.train_set.split(
-                config.run.evaluation_share, config.training.seed
-            )
+        self.train_set, self.evaluation_set = _example_sets(config, self._tokenizer)
         self._steps = Steps(config.run.out / CHECKPOINTS).steps()
 
     @property
@@ -346,6 +384,20 @@ class Finetuning:
             verifier=verifier,
         )
 
+    @contextmanager
+    def metrics(self) -> Iterator[list[Callback]]:
+        """What writes down every step, as the settings ask for it.
+
+        Raises:
+            ConfigError: TensorBoard is wanted and not installed.
+        """
+        out = self.config.run.out
+        if not self.config.run.tensorboard:
+            yield [CsvMetrics(out)]
+            return
+        with closing(TensorBoardMetrics(out)) as board:
+            yield [CsvMetrics(out), board]
+
     def trainer(self, model: SplitForTraining, callbacks: Sequence[Callback] = ()) -> Trainer:
         """What trains the connected model.
 
@@ -361,6 +413,45 @@ class Finetuning:
             callbacks,
             folder=self.config.run.out,
         )
+
+
+def _held(name: str) -> Table:
+    """What a task says about the sections of a fine-tuning."""
+    defaults = task(name).defaults
+    return {
+        "lora": {
+            "rank": defaults.rank,
+            "alpha": float(defaults.alpha),
+            "dropout": LORA_DROPOUT,
+            "targets": LORA_TARGETS,
+        },
+        "data": {"max_tokens": defaults.max_tokens},
+        SECTION: {"learning_rate": defaults.learning_rate},
+    }
+
+
+def _example_sets(
+    config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[ExampleSet, ExampleSet | None]:
+    """Examples to learn from and to evaluate on; those of a task are split with sources whole."""
+    run, data, seed = config.run, config.data, config.training.seed
+    if not data.task:
+        training = read_examples(run.data, tokenizer, data.options)
+        if run.evaluation is not None:
+            return training, read_examples(run.evaluation, tokenizer, data.options)
+        return (
+            training.split(run.evaluation_share, seed) if run.evaluation_share else (training, None)
+        )
+    records = data.records(run.data)
+    held_out: list[Record] | None = None
+    if run.evaluation is not None:
+        held_out = data.records(run.evaluation)
+    elif run.evaluation_share:
+        records, held_out = split(trainable(records), run.evaluation_share, seed)
+    return (
+        record_examples(records, tokenizer, data.options),
+        None if held_out is None else record_examples(held_out, tokenizer, data.options),
+    )
 
 
 def _with_model(table: Table, base: Path | None) -> Table:
