@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import NoneType
@@ -23,12 +23,14 @@ from fedsea.server.config import (
     QUANTIZATIONS,
     AdapterSection,
     AdaptersSection,
+    GroupSection,
     LimitsSection,
     PromptSection,
     PromptsSection,
     QuotaSection,
     QuotasSection,
     ServerConfig,
+    TrainingSection,
 )
 from fedsea.wire.limits import Limits
 
@@ -93,6 +95,10 @@ def _section(name: str, section: type[Any]) -> str:
         lines += [f"Each {_NAMED[section]} has a section `[{name}.NAME]` of its own.", ""]
     lines += ["| key | value | default | |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(cells)} |" for cells in _rows(name, owner)] + [""]
+    if section is TrainingSection:
+        lines += ["Each group has a section `[training.groups.NAME]` of its own.", ""]
+        lines += [_summary(GroupSection), "", "| key | value | default | |", "|---|---|---|---|"]
+        lines += [f"| {' | '.join(cells)} |" for cells in _rows("groups", GroupSection)] + [""]
     return "\n".join([*lines, QUOTAS] if section is QuotasSection else lines)
 
 
@@ -128,6 +134,8 @@ def _for_toml(text: str) -> str:
 
 
 def _value(hint: Any) -> str:
+    if hint == Mapping[str, GroupSection]:
+        return "sections"
     if hint == tuple[Path, ...]:
         return "list of paths"
     if hint == tuple[str, ...]:
@@ -137,6 +145,8 @@ def _value(hint: Any) -> str:
 
 
 def _default(entry: Field[Any]) -> str:
+    if entry.default_factory is not MISSING:
+        return "none"
     if entry.default is MISSING:
         return "required"
     if entry.default is None:

@@ -27,6 +27,7 @@ DEVICES = ("cpu", "cuda", "mps")
 MIN_ROWS = 16
 EVERY_TENANT = "*"
 """Stands for all tenants where it is said who may use something; no tenant has this name."""
+STRATEGIES = ("sequential", "client-batch", "server-hierarchical")
 LOG_FORMATS = ("console", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -286,6 +287,40 @@ class PromptsSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSection:
+    """Tenants that train together, in place of NAME.
+
+    Attributes:
+        strategy: how: `sequential`, `client-batch` or `server-hierarchical`.
+        tenants: the members; for all others the group does not exist.
+        deadline_s: how long members wait for one another; then they go on without the late ones.
+        average_every: of `server-hierarchical`: the copies become their mean at every such step.
+        gather_s: of `client-batch`: how long a Forward waits for those of others to join it.
+        min_members: of `client-batch`: the first step waits until so many members have come.
+        seed: of the first values of what is trained, and of dropout; the members' own are not used.
+    """
+
+    strategy: str
+    tenants: tuple[str, ...]
+    deadline_s: float = 60.0
+    average_every: int = 1
+    gather_s: float = 0.05
+    min_members: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of(STRATEGIES, "training.groups.NAME.strategy", self.strategy)
+        _need(bool(self.tenants), "a group without tenants is used by nobody; name some")
+        _at_least(1, "training.groups.NAME", self, "average_every", "min_members")
+        _at_least(0, "training.groups.NAME", self, "gather_s", "seed")
+        _need(self.deadline_s > 0, "training.groups.NAME.deadline_s must be positive")
+        _need(
+            self.min_members <= len(self.tenants),
+            "training.groups.NAME.min_members is above the number of tenants; lower it",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSection:
     """Training of adapters in the trunk; without a `folder` nothing is trained.
 
@@ -301,6 +336,7 @@ class TrainingSection:
         max_prompt_rows: most rows of a soft prompt.
         keep: so many of the last saved steps of a training stay.
         grace_s: how long a training stays in memory at its last step after its session has ended.
+        groups: by name, who trains together; see below.
     """
 
     folder: Path | None = None
@@ -313,6 +349,7 @@ class TrainingSection:
     max_prompt_rows: int = 256
     keep: int = 2
     grace_s: float = 600.0
+    groups: Mapping[str, GroupSection] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _at_least(1, "training", self, "workers", "pending_rows", "max_adapters", "max_rank")
@@ -416,6 +453,9 @@ class ServerConfig:
                 built[name] = section(named=_named(entry, name, _table_at(table, name), base))
                 continue
             own = _with_base(_table_at(table, name), section, base)
+            if section is TrainingSection:
+                groups = _table_at(own, "groups", "training.groups")
+                own["groups"] = _named(GroupSection, "training.groups", groups, base)
             keys = {**own, **(overrides or {}).get(name, {})}
             built[name] = (
                 _quotas(keys) if section is QuotasSection else _section(section, name, keys)
@@ -515,6 +555,8 @@ def _accepted(hint: Any) -> tuple[Any, ...]:
 
 
 def _value(key: str, hint: Any, value: Any) -> Any:
+    if hint == Mapping[str, GroupSection]:
+        return value  # read already: its tables are sections of their own
     if hint == _PATHS:
         return _paths(key, value)
     if hint == _TEXTS:

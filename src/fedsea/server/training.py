@@ -1,19 +1,27 @@
 """Trainings of the trunk: which there are, who takes part, and from which step they go on.
 
-A training is a tenant's under a name. One session at a time takes part in it; when the tenant opens
-another, as after a broken connection, the earlier one ends. Between sessions the run stays in memory
-for a while, at its last step; afterwards it goes on from what was saved.
+A training is a tenant's under a name, or a group's whose members the operator has named. A tenant
+takes part in it with one session; when it opens another, as after a broken connection, the earlier
+one ends. Without sessions the run stays in memory for a while, at its last step; afterwards it goes
+on from what was saved.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final
 from weakref import WeakValueDictionary
 
-from fedsea.errors import ConfigError, FedseaError, QuotaExceeded, SessionLost, StaleStep
+from fedsea.errors import (
+    Capacity,
+    ConfigError,
+    FedseaError,
+    QuotaExceeded,
+    SessionLost,
+    StaleStep,
+)
 from fedsea.model.lora import Adapter, LoraConfig
 from fedsea.model.optimization import AdamWConfig
 from fedsea.model.partition import Span
@@ -21,13 +29,16 @@ from fedsea.model.projection import Projection
 from fedsea.model.prompts import SoftPrompt
 from fedsea.model.quantization import is_own
 from fedsea.model.spans import embedding_factor
-from fedsea.server.config import TrainingSection
+from fedsea.server.config import GroupSection, TrainingSection
 from fedsea.server.loading import Trunk
 from fedsea.server.metrics import Metrics
+from fedsea.server.training_batch import BatchMember, BatchRun
+from fedsea.server.training_groups import Averaging, HierarchicalMember, SequentialMember
 from fedsea.server.training_member import Formats, Live, Member, Services, SoloMember
 from fedsea.server.training_rows import RowBudget
 from fedsea.server.training_run import Recipe, TrainingRun
 from fedsea.server.training_store import (
+    GROUPS,
     RunKey,
     Trained,
     TrainingStore,
@@ -41,17 +52,40 @@ REPLACED: Final = (
     "another session of this tenant has taken over the training; open it again to take it back"
 )
 
+RETRY_AFTER: Final = 5.0
+
 Fail = Callable[[FedseaError], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a training is kept, and the group whose it is; None when it is a tenant's own."""
+
+    key: RunKey
+    group: GroupSection | None = None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several members train one run."""
+        return self.group is not None and self.group.strategy != "server-hierarchical"
+
+
+@dataclass(frozen=True, slots=True)
+class _Seated:
+    """A session's member, and what ends the session."""
+
+    member: Member
+    fail: Fail
 
 
 @dataclass(slots=True)
 class _Entry:
-    """A run in memory, who takes part in it, and what will forget it."""
+    """A run in memory, the tenants that take part in it, and what will forget it."""
 
     live: Live
-    member: Member | None = None
-    fail: Fail | None = None
+    seated: dict[str, _Seated] = field(default_factory=dict)
     timer: asyncio.TimerHandle | None = None
+    batch: BatchRun | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -95,6 +129,7 @@ class Training:
         self._services = Services(store, budget, metrics)
         self._workers: Workers | None = None
         self._entries: dict[RunKey, _Entry] = {}
+        self._averaging: dict[str, Averaging] = {}
         self._opening = asyncio.Lock()
         self._adapters: WeakValueDictionary[tuple[RunKey, int], Adapter] = WeakValueDictionary()
         self._prompts: WeakValueDictionary[tuple[RunKey, int], SoftPrompt] = WeakValueDictionary()
@@ -138,23 +173,26 @@ class Training:
         Raises:
             ConfigError: it cannot be trained as asked.
             QuotaExceeded: the tenant has as many trainings as it may have.
+            Capacity: another member of its group has the run to itself.
             StaleStep: there is no step that both sides can go on from.
             CheckpointError: a saved step cannot be read.
         """
-        recipe = self._recipe(request)
-        key = RunKey(tenant, check_name(request.adapter))
+        place = self._place(tenant, check_name(request.adapter))
+        recipe = self._recipe(request, place.group)
         formats = Formats.of(request, self._trunk.checkpoint.hidden_size, projection)
         async with self._opening:
-            await self._take_over(key)
             try:
-                await self._check_quota(key)
-                live = await self._resumed(key, recipe, request.resume_steps)
+                await self._make_room(place, tenant)
+                live, step = await self._joined(place, tenant, recipe, request.resume_steps)
             except BaseException:
-                self._forget_later(key)
+                self._forget_later(place.key)
                 raise
-            member = SoloMember(tenant, live, formats, self._services)
-            self._entries[key] = _Entry(live, member, fail)
-        return Seat(member, live.run.steps, lambda: self._leave(key, member))
+            entry = self._entries.get(place.key)
+            if entry is None or entry.live is not live:
+                entry = self._entries[place.key] = _Entry(live)
+            member = self._member(place, entry, tenant, formats, fail, request.weight)
+            entry.seated[tenant] = _Seated(member, fail)
+        return Seat(member, step, lambda: self._leave(place.key, tenant, member))
 
     async def adapter(self, tenant: str, name: str) -> Adapter | None:
         """The adapter that a tenant has trained and saved under a name; None when there is none.
@@ -187,26 +225,66 @@ class Training:
     async def _saved(self, tenant: str, name: str) -> tuple[tuple[RunKey, int], Trained] | None:
         """What a tenant has saved last under a name, and where it came from."""
         try:
-            key = RunKey(tenant, check_name(name))
+            key = self._place(tenant, check_name(name)).key
         except ConfigError:
             return None
         found = await asyncio.to_thread(self._services.store.trained, key, self._trunk.span)
         return None if found is None else ((key, found[0]), found[1])
 
-    async def _take_over(self, key: RunKey) -> None:
-        """End the session that takes part, and wait for what it had begun."""
-        entry = self._entries.get(key)
+    def _place(self, tenant: str, name: str) -> _Place:
+        """What a tenant means by a name: a group that it belongs to, or a training of its own."""
+        group = self._section.groups.get(name)
+        if group is None or tenant not in group.tenants:
+            return _Place(RunKey(tenant, name))
+        has_copies = group.strategy == "server-hierarchical"
+        return _Place(RunKey(GROUPS, name, tenant if has_copies else ""), group)
+
+    def _member(
+        self,
+        place: _Place,
+        entry: _Entry,
+        tenant: str,
+        formats: Formats,
+        fail: Fail,
+        weight: float,
+    ) -> Member:
+        live, services, group = entry.live, self._services, place.group
+        if group is None:
+            return SoloMember(tenant, live, formats, services)
+        if group.strategy == "sequential":
+            return SequentialMember(tenant, live, formats, services)
+        if group.strategy == "server-hierarchical":
+            assert self._workers is not None
+            averaging = self._averaging.setdefault(place.key.name, Averaging(group, self._workers))
+            return HierarchicalMember(tenant, live, formats, services, averaging, weight)
+        if entry.batch is None:
+            entry.batch = BatchRun(live, group, services)
+        return BatchMember(tenant, entry.batch, formats, fail)
+
+    async def _make_room(self, place: _Place, tenant: str) -> None:
+        """End the tenant's earlier session, and wait for what it had begun."""
+        entry = self._entries.get(place.key)
         if entry is None:
+            await self._check_quota(place.key)
             return
         if entry.timer is not None:
             entry.timer.cancel()
-        if entry.member is not None and entry.fail is not None:
-            entry.fail(SessionLost(REPLACED))
-            entry.member.leave()
-            entry.member = None
-        await entry.live.line.idle()
+        earlier = entry.seated.pop(tenant, None)
+        if earlier is not None:
+            earlier.fail(SessionLost(REPLACED))
+            earlier.member.leave()
+        is_alone = place.group is not None and place.group.strategy == "sequential"
+        if is_alone and entry.seated:
+            raise Capacity(
+                "another member of the group trains now; try again when it has finished",
+                retry_after=RETRY_AFTER,
+            )
+        if not entry.seated:
+            await entry.live.line.idle()
 
     async def _check_quota(self, key: RunKey) -> None:
+        if key.owner == GROUPS:
+            return
         names = await asyncio.to_thread(self._services.store.names, key.owner)
         names |= {other.name for other in self._entries if other.owner == key.owner}
         if key.name not in names and len(names) >= self._section.max_adapters:
@@ -215,12 +293,31 @@ class Training:
                 "with one of them, or ask the operator to remove one"
             )
 
-    async def _resumed(self, key: RunKey, recipe: Recipe, offers: tuple[int, ...]) -> Live:
-        """The run at the highest step that both sides have; step 0 is everybody's."""
-        store = self._services.store
-        saved = set(await asyncio.to_thread(store.steps, key))
-        entry = self._entries.get(key)
+    async def _joined(
+        self, place: _Place, tenant: str, recipe: Recipe, offers: tuple[int, ...]
+    ) -> tuple[Live, int]:
+        """The run to take part in, and the steps that are done in it as the tenant counts them."""
+        entry = self._entries.get(place.key)
         live = None if entry is None or entry.live.run.is_broken else entry.live
+        if not place.is_shared:
+            live = await self._resumed(place.key, live, recipe, offers)
+            return live, live.run.steps
+        if live is not None and entry is not None and entry.seated:
+            check_same(live.run.recipe, recipe)
+        else:
+            live = await self._shared(place, live, tenant, recipe, offers)
+        step = live.members.get(tenant, 0)
+        if step not in offers:
+            # The others have gone on: the member goes on from what it has.
+            step = max(offers)
+        live.members[tenant] = step
+        return live, step
+
+    async def _resumed(
+        self, key: RunKey, live: Live | None, recipe: Recipe, offers: tuple[int, ...]
+    ) -> Live:
+        """The run at the highest step that both sides have; step 0 is everybody's."""
+        saved = set(await asyncio.to_thread(self._services.store.steps, key))
         here = {0} | saved | (set() if live is None else {live.run.steps})
         common = here & set(offers)
         if not common:
@@ -234,18 +331,62 @@ class Training:
                 return live
             if step and step not in saved:
                 check_same(live.run.recipe, recipe)
+        return await self._loaded(key, step, recipe)
+
+    async def _shared(
+        self,
+        place: _Place,
+        live: Live | None,
+        tenant: str,
+        recipe: Recipe,
+        offers: tuple[int, ...],
+    ) -> Live:
+        """The run of a group in which nobody takes part now.
+
+        It goes on where it was, unless the tenant has to go back to a step that was saved: then it
+        goes back too, but in a sequence of members not behind what others have done since.
+        """
+        store, key = self._services.store, place.key
+        saved = await asyncio.to_thread(store.steps, key)
+        known = {step: await asyncio.to_thread(store.members, key, step) for step in saved}
+        newest = max(saved, default=0)
+        if live is not None and live.run.steps >= newest:
+            newest, known[live.run.steps] = live.run.steps, dict(live.members)
+        assert place.group is not None
+        others = _without(tenant, known.get(newest, {}))
+        fitting = [
+            step
+            for step, members in known.items()
+            if members.get(tenant) in offers
+            and (place.group.strategy != "sequential" or _without(tenant, members) == others)
+        ]
+        step = max(fitting, default=newest)
+        if live is not None and live.run.steps == step:
+            check_same(live.run.recipe, recipe)
+            return live
+        return await self._loaded(key, step, recipe, known.get(step))
+
+    async def _loaded(
+        self, key: RunKey, step: int, recipe: Recipe, members: Mapping[str, int] | None = None
+    ) -> Live:
+        """A run as it was saved; new when the step is 0."""
         run = self._fresh(recipe)
         if step:
-            await asyncio.to_thread(store.load, key, step, run)
+            await asyncio.to_thread(self._services.store.load, key, step, run)
         assert self._workers is not None
-        return Live(key, run, Line(self._workers), saved=step or None)
+        live = Live(key, run, Line(self._workers), saved=step or None, members=dict(members or {}))
+        if run.last is not None:
+            live.last = {
+                tenant: replace(run.last, number=done) for tenant, done in live.members.items()
+            }
+        return live
 
     def _fresh(self, recipe: Recipe) -> TrainingRun:
         runner, hidden_size = self._trunk.runner, self._trunk.checkpoint.hidden_size
         linears = runner.span.linears()
         return TrainingRun.fresh(recipe, linears, hidden_size, self._factor, runner.placement)
 
-    def _recipe(self, request: OpenTraining) -> Recipe:
+    def _recipe(self, request: OpenTraining, group: GroupSection | None) -> Recipe:
         section = self._section
         if request.lora is not None and request.lora.rank > section.max_rank:
             raise ConfigError(
@@ -266,21 +407,21 @@ class Training:
             optimizer=AdamWConfig(
                 (optimizer.beta1, optimizer.beta2), optimizer.eps, optimizer.weight_decay
             ),
-            seed=request.seed,
+            seed=request.seed if group is None else group.seed,
         )
 
-    def _leave(self, key: RunKey, member: Member) -> None:
+    def _leave(self, key: RunKey, tenant: str, member: Member) -> None:
         member.leave()
         entry = self._entries.get(key)
-        if entry is None or entry.member is not member:
-            return
-        entry.member = entry.fail = None
-        self._forget_later(key)
+        seated = None if entry is None else entry.seated.get(tenant)
+        if entry is not None and seated is not None and seated.member is member:
+            del entry.seated[tenant]
+            self._forget_later(key)
 
     def _forget_later(self, key: RunKey) -> None:
-        """Let a run without a member go when nobody has taken part in it for a while."""
+        """Let a run go when nobody has taken part in it for a while."""
         entry = self._entries.get(key)
-        if entry is not None:
+        if entry is not None and not entry.seated:
             loop = asyncio.get_running_loop()
             entry.timer = loop.call_later(self._section.grace_s, self._entries.pop, key, None)
 
@@ -305,6 +446,10 @@ def _lora(request: OpenTraining) -> LoraConfig | None:
         rslora=lora.rslora,
         freeze_a=lora.freeze_a,
     )
+
+
+def _without(tenant: str, members: Mapping[str, int]) -> dict[str, int]:
+    return {other: done for other, done in members.items() if other != tenant}
 
 
 def _listed(steps: set[int] | tuple[int, ...]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -118,31 +118,76 @@ class Services:
 
 @dataclass(slots=True, eq=False)
 class Live:
-    """A run in memory: its key in the store, its line of jobs, and the last step that was saved."""
+    """A run in memory.
+
+    Attributes:
+        key: its place in the store.
+        run: what is trained.
+        line: its jobs, one after another.
+        saved: the last step that was saved.
+        members: steps that each member of a group has taken. Members count for themselves, for each
+            has begun at another time.
+        last: the answer to each member's last step.
+    """
 
     key: RunKey
     run: TrainingRun
     line: Line
     saved: int | None = None
+    members: dict[str, int] = field(default_factory=dict)
+    last: dict[str, Stepped] = field(default_factory=dict)
 
     def put(self, job: Job[_T]) -> asyncio.Future[_T]:
         """Run a job on a worker; a defect in it breaks the run and no more than that."""
         return self.line.put(lambda worker: self._guarded(job, worker))
 
-    def save(self, store: TrainingStore, event: Save) -> asyncio.Future[Saved]:
-        """Make the step that the run is at durable; once, however many members ask."""
-        return self.put(lambda _: self._save(store, event))
+    def save(self, store: TrainingStore, event: Save, done: int) -> Saved:
+        """Make the step that the run is at durable; once, however many members ask.
 
-    def _save(self, store: TrainingStore, event: Save) -> Saved:
-        if event.number != self.run.steps:
+        Args:
+            store: where.
+            event: what the client asked for.
+            done: the steps that are done, as the client counts them.
+
+        Raises:
+            StaleStep: the client means another step.
+        """
+        if event.number != done:
             raise StaleStep(
-                f"step {event.number} is to be saved and the server is at {self.run.steps}; "
+                f"step {event.number} is to be saved and the server is at {done}; "
                 "open the training again and go on from the step that it says"
             )
-        problem = "" if self.saved == event.number else store.save(self.key, self.run)
+        problem = ""
+        if self.saved != self.run.steps:
+            problem = store.save(self.key, self.run, self.members)
         if not problem:
-            self.saved = event.number
+            self.saved = self.run.steps
         return Saved(event.number, problem)
+
+    def repeated(self, tenant: str, event: Step) -> Stepped | None:
+        """The answer to a step that a member has taken already; None when it is the next.
+
+        Raises:
+            StaleStep: it is neither.
+        """
+        done = self.members.get(tenant, 0)
+        if event.number == done and tenant in self.last:
+            return self.last[tenant]
+        if event.number != done + 1:
+            raise StaleStep(
+                f"step {event.number} was asked for and {done} are done here; open the training "
+                "again and go on from the step that it says"
+            )
+        return None
+
+    def count(self, tenant: str, stepped: Stepped) -> Stepped:
+        """The answer to a member whose step this was, in its own numbers."""
+        done = self.members.get(tenant, 0) + 1
+        answer = replace(stepped, number=done)
+        if stepped.applied:
+            self.members[tenant] = done
+            self.last[tenant] = answer
+        return answer
 
     def _guarded(self, job: Job[_T], worker: Worker) -> _T:
         try:
@@ -285,7 +330,7 @@ class SoloMember(Member):
 
     def save(self, event: Save) -> asyncio.Future[Saved]:
         """Make it durable."""
-        return self._track(self._live.save(self._services.store, event))
+        return self._put(lambda _: self._saved(event))
 
     def leave(self) -> None:
         """Give up what waits, and free the rest behind what is being computed."""
@@ -300,6 +345,9 @@ class SoloMember(Member):
         stepped = self._live.run.step(event)
         self._services.metrics.stepped(self._tenant, applied=stepped.applied)
         return stepped
+
+    def _saved(self, event: Save) -> Saved:
+        return self._live.save(self._services.store, event, self._live.run.steps)
 
     def _forget(self, number: int) -> None:
         self._passes.pop(number, None)

@@ -67,6 +67,8 @@ class TrainingSession(Session):
         """Hand an event to the member."""
         member = self._member
         assert member is not None
+        if self._ended.done():  # the member has left already
+            return
         match event:
             case Forward():
                 self._check_length(event)

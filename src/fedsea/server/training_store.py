@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -137,14 +138,19 @@ class TrainingStore:
         except CheckpointError as error:
             raise self._unreadable(key, error) from None
 
-    def save(self, key: RunKey, run: TrainingRun) -> str:
+    def save(self, key: RunKey, run: TrainingRun, members: Mapping[str, int]) -> str:
         """Save the step that a run is at; durable on return.
+
+        Args:
+            key: whose it is.
+            run: what to save.
+            members: how many steps each member of a group has taken.
 
         Returns:
             Nothing when it is saved; else why not, for the client: the earlier saves are untouched.
         """
         try:
-            self._steps(key).save(run.steps, lambda folder: self._write(folder, run))
+            self._steps(key).save(run.steps, lambda folder: self._write(folder, run, members))
         except FedseaError as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
@@ -156,6 +162,14 @@ class TrainingStore:
                 "untouched: tell its operator, and save again"
             )
         return ""
+
+    def members(self, key: RunKey, step: int) -> dict[str, int]:
+        """How many steps each member of a group had taken at a saved step; empty when unknown."""
+        try:
+            members = _read_about(self._steps(key).path(step)).get("members")
+        except CheckpointError as error:
+            raise self._unreadable(key, error) from None
+        return members if isinstance(members, dict) else {}
 
     def load(self, key: RunKey, step: int, run: TrainingRun) -> None:
         """Bring a fresh run to a saved step.
@@ -202,14 +216,19 @@ class TrainingStore:
     def _steps(self, key: RunKey) -> Steps:
         return Steps(self._folder / key.path, self._keep)
 
-    def _write(self, folder: Path, run: TrainingRun) -> None:
+    def _write(self, folder: Path, run: TrainingRun, members: Mapping[str, int]) -> None:
         if run.adapter is not None:
             write_adapter(folder, [run.adapter], self._base_model)
         if run.prompt is not None:
             write_prompt(folder / _PROMPT, run.prompt, self._base_model)
         write_optimizer(folder, run.optimizer)
         norm = 0.0 if run.last is None else run.last.grad_norm
-        about = {"format": 1, "recipe": _plain(run.recipe), "grad_norm": norm}
+        about = {
+            "format": 1,
+            "recipe": _plain(run.recipe),
+            "grad_norm": norm,
+            "members": dict(members),
+        }
         artifacts.replace_file(folder / _ABOUT, json.dumps(about, indent=2).encode())
 
     def _unreadable(self, key: RunKey, error: BaseException) -> CheckpointError:

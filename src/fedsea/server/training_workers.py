@@ -101,6 +101,7 @@ class Line:
         self._workers = workers
         self._waiting: deque[_Waiting] = deque()
         self._running = False
+        self._is_held = False
         self._loop = asyncio.get_running_loop()
 
     def put(self, job: Job[_T]) -> asyncio.Future[_T]:
@@ -114,6 +115,15 @@ class Line:
         """Run something short on the event loop in its place in the line; at once when idle."""
         return self._put(lambda _: job(), on_loop=True)
 
+    def hold(self) -> None:
+        """Begin nothing more, until `release`."""
+        self._is_held = True
+
+    def release(self) -> None:
+        """Go on; safe to repeat."""
+        self._is_held = False
+        self._advance()
+
     async def idle(self) -> None:
         """Wait until everything that was put has ended."""
         await self.put_on_loop(lambda: None)
@@ -125,7 +135,7 @@ class Line:
         return answer
 
     def _advance(self) -> None:
-        while self._waiting and not self._running:
+        while self._waiting and not (self._running or self._is_held):
             item = self._waiting.popleft()
             if item.answer.cancelled():
                 continue

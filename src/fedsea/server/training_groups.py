@@ -1,0 +1,211 @@
+"""Tenants that train together: one after another, or each a copy whose mean is taken now and then.
+
+Members count their own steps: what a member sends and is told are the steps that it has taken,
+however many the others have. The strategy whose members share one batch is in
+`fedsea.server.training_batch`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedsea.server.config import GroupSection
+from fedsea.server.logs import get_logger
+from fedsea.server.training_member import Formats, Live, Services, SoloMember
+from fedsea.server.training_run import TrainingRun, parameters_of
+from fedsea.server.training_workers import Workers
+from fedsea.wire.messages import Save, Saved, Step, Stepped
+
+_log = get_logger(__name__)
+
+
+class SequentialMember(SoloMember):
+    """A member that has the group's run to itself while its session lasts."""
+
+    def _stepped(self, event: Step) -> Stepped:
+        live = self._live
+        repeated = live.repeated(self._tenant, event)
+        if repeated is not None:
+            return repeated
+        stepped = super()._stepped(replace(event, number=live.run.steps + 1))
+        return live.count(self._tenant, stepped)
+
+    def _saved(self, event: Save) -> Saved:
+        live = self._live
+        return live.save(self._services.store, event, live.members.get(self._tenant, 0))
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A member at a step where the copies become their mean, and the answer that waits for it."""
+
+    stepped: Stepped
+    answer: asyncio.Future[Stepped]
+
+
+class Averaging:
+    """The copies of a group, which become their weighted mean at every so many steps.
+
+    All members that take part are waited for until the deadline; those who have come by then go on
+    with the mean of theirs. Used on the event loop.
+
+    Args:
+        section: the group's settings.
+        workers: compute the mean.
+    """
+
+    def __init__(self, section: GroupSection, workers: Workers) -> None:
+        self.every = section.average_every
+        self._deadline = section.deadline_s
+        self._workers = workers
+        self._members: set[HierarchicalMember] = set()
+        self._waiting: dict[HierarchicalMember, _Waiting] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._mean: dict[str, Tensor] | None = None
+
+    def join(self, member: HierarchicalMember) -> None:
+        """Take part; a copy of which no step is done begins as the last mean."""
+        self._members.add(member)
+        run = member.live.run
+        if self._mean is not None and not run.steps:
+            assign(run, self._mean)
+
+    def leave(self, member: HierarchicalMember) -> None:
+        """Take part no longer; safe to repeat."""
+        self._members.discard(member)
+        if self._waiting.pop(member, None) is not None:
+            member.live.line.release()
+        self._look()
+
+    def arrive(
+        self, member: HierarchicalMember, stepped: Stepped, answer: asyncio.Future[Stepped]
+    ) -> None:
+        """Wait for the mean; the member's line is held until then."""
+        if member not in self._members:
+            return
+        member.live.line.hold()
+        self._waiting[member] = _Waiting(stepped, answer)
+        if self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._deadline, self._average)
+        self._look()
+
+    def _look(self) -> None:
+        if self._waiting and len(self._waiting) == len(self._members):
+            self._average()
+
+    def _average(self) -> None:
+        """Let those who wait go on with their mean."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        waiting, self._waiting = self._waiting, {}
+        late = len(self._members) - len(waiting)
+        if late:
+            _log.warning("group_deadline", members=len(self._members), late=late)
+        members = sorted(waiting, key=lambda member: member.tenant)
+        loop = asyncio.get_running_loop()
+        done = self._workers.submit(lambda _: _averaged(members))
+        asyncio.wrap_future(done, loop=loop).add_done_callback(
+            lambda mean: self._go_on(waiting, mean)
+        )
+
+    def _go_on(
+        self,
+        waiting: Mapping[HierarchicalMember, _Waiting],
+        mean: asyncio.Future[dict[str, Tensor]],
+    ) -> None:
+        if not mean.cancelled() and mean.exception() is None:
+            self._mean = mean.result()
+        for member, each in waiting.items():
+            if not each.answer.done():
+                each.answer.set_result(each.stepped)
+            member.live.line.release()
+
+
+class HierarchicalMember(SoloMember):
+    """A member with a copy of its own."""
+
+    def __init__(
+        self,
+        tenant: str,
+        live: Live,
+        formats: Formats,
+        services: Services,
+        averaging: Averaging,
+        weight: float,
+    ) -> None:
+        super().__init__(tenant, live, formats, services)
+        self.weight = weight
+        self._averaging = averaging
+        self._is_new = False
+        averaging.join(self)
+
+    @property
+    def tenant(self) -> str:
+        """Whose copy it is."""
+        return self._tenant
+
+    def step(self, event: Step) -> asyncio.Future[Stepped]:
+        """Change the copy; at some steps the answer waits for the other members."""
+        inner = super().step(event)
+        answer: asyncio.Future[Stepped] = self._track(asyncio.get_running_loop().create_future())
+        self._live.line.put_on_loop(lambda: self._pass_on(inner, answer))
+        return answer
+
+    def leave(self) -> None:
+        """Take part no longer, and free everything."""
+        self._averaging.leave(self)
+        super().leave()
+
+    def _stepped(self, event: Step) -> Stepped:
+        before = self._live.run.steps
+        stepped = super()._stepped(event)
+        self._is_new = self._live.run.steps > before
+        return stepped
+
+    def _pass_on(self, inner: asyncio.Future[Stepped], answer: asyncio.Future[Stepped]) -> None:
+        if inner.cancelled() or answer.done():
+            return
+        error = inner.exception()
+        if error is not None:
+            answer.set_exception(error)
+        elif self._is_new and not inner.result().number % self._averaging.every:
+            self._averaging.arrive(self, inner.result(), answer)
+        else:
+            answer.set_result(inner.result())
+
+
+@torch.no_grad()
+def _averaged(members: list[HierarchicalMember]) -> dict[str, Tensor]:
+    """Give every copy the weighted mean of all; the mean."""
+    total = sum(member.weight for member in members)
+    named = [parameters_of(member.live.run.adapter, member.live.run.prompt) for member in members]
+    mean = {
+        name: sum(
+            (
+                own[name].double() * (member.weight / total)
+                for own, member in zip(named, members, strict=True)
+            ),
+            start=torch.zeros((), dtype=torch.float64, device=named[0][name].device),
+        ).float()
+        for name in (named[0] if named else ())
+    }
+    for member in members:
+        assign(member.live.run, mean)
+    return mean
+
+
+@torch.no_grad()
+def assign(run: TrainingRun, values: Mapping[str, Tensor]) -> None:
+    """Give what a run trains other values; its optimizer goes on."""
+    for name, parameter in parameters_of(run.adapter, run.prompt).items():
+        parameter.copy_(values[name])
+    run.prompt_drawn = True
+    if run.adapter is not None:
+        run.adapter.changed()
