@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -11,14 +11,21 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig as PeftConfig
-from peft import get_peft_model
+from tests.conftest import memory_config
 from tests.tiny_models import VOCABULARY, save_tiny
 from tests.training_trunk import TinyTrainingTrunk
 from tests.unit.client.conftest import BRIEF, Wire
+from tests.unsplit_training import (
+    assert_equal_gradients,
+    examples_of,
+    factors,
+    gradients,
+    padded,
+    saved_gradients,
+    unsplit,
+)
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
 
 from fedsea.client.training import SplitForTraining
 from fedsea.errors import (
@@ -32,13 +39,16 @@ from fedsea.errors import (
     StaleStep,
     TrainingError,
 )
-from fedsea.model.adapters import write_adapter
+from fedsea.model.adapters import read_adapter, write_adapter
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.lora import TARGETS, Adapter, LoraConfig
-from fedsea.model.optimization import part_seed
-from fedsea.model.partition import Partition
+from fedsea.model.optimization import AdamWConfig, part_seed
+from fedsea.model.partition import Partition, Span
 from fedsea.model.projection import Projection
 from fedsea.model.spans import FAMILIES, Placement
+from fedsea.server.service import TrunkService
+from fedsea.transport.base import Channel, ClientStream
+from fedsea.transport.memory import MemoryChannel
 from fedsea.transport.recording import Direction
 from fedsea.wire.codecs import Codec, RowFormat
 from fedsea.wire.messages import (
@@ -61,6 +71,32 @@ LENGTHS = (7, 3, 11)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama of five blocks."""
     return save_tiny("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+class InProcess(Channel):
+    """A channel to a server that runs as long as the channel is open."""
+
+    def __init__(self, service: TrunkService) -> None:
+        self._service = service
+        self._channel = MemoryChannel(service)
+        self._started = False
+
+    async def describe(self) -> bytes:
+        """Start the server when it is asked for the first time."""
+        if not self._started:
+            self._started = True
+            await self._service.__aenter__()
+        return await self._channel.describe()
+
+    async def open_stream(self) -> ClientStream:
+        """A session."""
+        return await self._channel.open_stream()
+
+    async def close(self) -> None:
+        """End both."""
+        await self._channel.close()
+        if self._started:
+            await self._service.__aexit__(None, None, None)
 
 
 class Split:
@@ -115,97 +151,45 @@ class Split:
                 adapter.changed()
 
 
-def unsplit(folder: Path, split: Split, dtype: torch.dtype = torch.float32) -> Any:
-    """The whole model with PEFT's adapter, its factors those of the three parts."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
-    # PEFT would take the linears of dense layers and shared experts to mean fused experts.
-    model.config.model_type = "llama"
-    places = [place for adapter in split.adapters() for place in adapter.factors]
-    config = PeftConfig(
-        r=LORA.rank,
-        lora_alpha=int(LORA.alpha),
-        target_modules=[f"model.layers.{place.block}.{place.path}" for place in places],
-        task_type="CAUSAL_LM",
-    )
-    # In eval mode: some families have dropout of their own, which the parts do not.
-    whole = get_peft_model(model, config).eval()
-    state = dict(whole.named_parameters())
-    with torch.no_grad():
-        for stem, factor, parameter in factors(split.adapters()):
-            state[f"{stem}.lora_{factor}.default.weight"].copy_(parameter)
-    return whole
-
-
-def factors(adapters: Sequence[Adapter]) -> Iterator[tuple[str, str, Tensor]]:
-    """PEFT's name of each linear, A or B, and our parameter."""
-    for adapter in adapters:
-        for place, pair in adapter.factors.items():
-            stem = f"base_model.model.model.layers.{place.block}.{place.path}"
-            yield stem, "A", pair.a
-            yield stem, "B", pair.b
-
-
-def examples_of(lengths: Sequence[int], seed: int = 1) -> list[Tensor]:
-    """Random token ids of these lengths, without the ids of padding and ends."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in lengths]
-
-
-def padded(examples: Sequence[Tensor], side: str = "right") -> tuple[Tensor, Tensor, Tensor]:
-    """ids, mask and labels of a padded batch."""
-    longest = max(map(len, examples))
-    ids = torch.zeros(len(examples), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for index, one in enumerate(examples):
-        columns = slice(0, len(one)) if side == "right" else slice(longest - len(one), longest)
-        ids[index, columns], mask[index, columns] = one, 1
-    labels = ids.masked_fill(mask == 0, -100)
-    if side == "left":
-        # What padding says about the first token is nothing that is learned.
-        for index, one in enumerate(examples):
-            labels[index, longest - len(one)] = -100
-    return ids, mask, labels
-
-
-def assert_equal_gradients(split: Split, whole: Any, rtol: float = 1e-5) -> int:
-    """Every factor's gradient is PEFT's, relative to the largest gradient; how many."""
-    state = dict(whole.named_parameters())
-    largest = max(float(one.grad.abs().max()) for one in state.values() if one.grad is not None)
-    compared = 0
-    for stem, factor, parameter in factors(split.adapters()):
-        expected = state[f"{stem}.lora_{factor}.default.weight"].grad
-        assert parameter.grad is not None
-        torch.testing.assert_close(parameter.grad, expected, rtol=rtol, atol=rtol * largest)
-        compared += 1
-    assert compared == sum("lora_" in name for name in state)
-    return compared
-
-
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_trains_as_unsplit(family: str, tmp_path: Path) -> None:
-    """Logits, loss and the gradient of every factor in all three parts, for every family."""
-    folder = save_tiny(family, tmp_path / family)
-    examples = examples_of(LENGTHS)
-    ids, mask, labels = padded(examples)
-    with Split(folder, Partition(1, 2)) as split:
-        split.randomize()
-        whole = unsplit(folder, split)
-        split.model.train()
+    """Logits, loss and the gradient of every factor in all three parts, for every family.
 
+    At a whole server in this process; the trunk's gradients are what it saved of its first step.
+    """
+    folder = save_tiny(family, tmp_path / family)
+    ids, mask, labels = padded(examples_of(LENGTHS))
+    config = memory_config(folder, training={"folder": str(tmp_path / "runs")})
+    with SplitForTraining.connect(
+        folder,
+        {"memory": lambda: InProcess(TrunkService.load(config))},
+        name="run",
+        partition=(1, 2),
+        lora=LORA,
+        optimizer=AdamWConfig(betas=(0.0, 0.999)),
+        patience=BRIEF,
+    ) as model:
+        model.save()
+        saved = tmp_path / "runs" / "local" / "run"
+        trunk = read_adapter(saved / "step-00000000", Span(1, 3))
+        whole = unsplit(folder, [*model.adapters(), trunk], LORA)
         expected = whole(ids, attention_mask=mask, labels=labels)
         expected.loss.backward()
-        found = split.model(ids, mask, labels)
-        found.loss.backward()
-        logits = split.model.eval()(ids, mask).logits
 
-        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
-        real = mask != 0
-        largest = float(expected.logits.abs().max())
-        torch.testing.assert_close(
-            logits[real], expected.logits[real], rtol=1e-5, atol=1e-5 * largest
-        )
-        assert assert_equal_gradients(split, whole) > 0
+        found = model(ids, mask, labels)
+        found.loss.backward()
+        logits = model.eval()(ids, mask).logits
+        model.step(1e-3)
+        model.save()
+
+    assert logits is not None
+    assert found.loss is not None
+    real, largest = mask != 0, float(expected.logits.detach().abs().max())
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits[real], expected.logits[real], rtol=1e-5, atol=1e-5 * largest)
+    gradient = gradients(model.adapters()) | saved_gradients(saved / "step-00000001", Span(1, 3))
+    assert_equal_gradients(gradient, whole)
 
 
 @settings(
@@ -223,7 +207,7 @@ def test_any_partition_and_batch_trains_as_unsplit(
     ids, mask, labels = padded(examples_of(lengths), side)
     with Split(folder, Partition(*cut)) as split:
         split.randomize()
-        whole = unsplit(folder, split)
+        whole = unsplit(folder, split.adapters(), LORA)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
 
         expected = whole(ids, attention_mask=mask, position_ids=positions, labels=labels)
@@ -232,13 +216,13 @@ def test_any_partition_and_batch_trains_as_unsplit(
         found.loss.backward()
 
         torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
-        assert_equal_gradients(split, whole)
+        assert_equal_gradients(gradients(split.adapters()), whole)
 
 
 def test_accumulated_steps_equal_unsplit_ones(folder: Path) -> None:
     """Ten steps of three ragged batches each, clipped by nothing: losses and factors agree."""
     with Split(folder) as split:
-        whole = unsplit(folder, split)
+        whole = unsplit(folder, split.adapters(), LORA)
         ours = torch.optim.AdamW(split.model.parameters(), lr=5e-3)
         theirs = torch.optim.AdamW([p for p in whole.parameters() if p.requires_grad], lr=5e-3)
         for step in range(10):
@@ -255,17 +239,15 @@ def test_accumulated_steps_equal_unsplit_ones(folder: Path) -> None:
                 optimizer.zero_grad()
             assert split.model.step(5e-3).number == step + 1
         state = dict(whole.named_parameters())
-        for stem, factor, parameter in factors(split.adapters()):
-            torch.testing.assert_close(
-                parameter, state[f"{stem}.lora_{factor}.default.weight"], rtol=1e-3, atol=1e-4
-            )
+        for name, parameter in factors(split.adapters()):
+            torch.testing.assert_close(parameter, state[name], rtol=1e-3, atol=1e-4)
 
 
 def test_losses_agree_after_two_hundred_steps(folder: Path) -> None:
     """The course of a whole training is that of the unsplit model, to a thousandth."""
     data = [padded(examples_of([8, 12, 5], seed=seed)) for seed in range(4)]
     with Split(folder, Partition(2, 1)) as split:
-        whole = unsplit(folder, split)
+        whole = unsplit(folder, split.adapters(), LORA)
         ours = torch.optim.AdamW(split.model.parameters(), lr=5e-4)
         theirs = torch.optim.AdamW([p for p in whole.parameters() if p.requires_grad], lr=5e-4)
         losses = []
@@ -275,7 +257,7 @@ def test_losses_agree_after_two_hundred_steps(folder: Path) -> None:
                 split.model(ids, mask, labels).loss,
                 whole(ids, attention_mask=mask, labels=labels).loss,
             )
-            losses.append([float(loss) for loss in pair])
+            losses.append([float(loss.detach()) for loss in pair])
             for loss, optimizer in zip(pair, (ours, theirs), strict=True):
                 loss.backward()
                 optimizer.step()
@@ -341,7 +323,7 @@ def test_half_precision_follows_full_precision(folder: Path, dtype: str) -> None
         for split in (full, half):
             split.randomize()
             split.model(ids, mask, labels).loss.backward()
-        for (_, _, expected), (_, _, found) in zip(
+        for (_, expected), (_, found) in zip(
             factors(full.adapters()), factors(half.adapters()), strict=True
         ):
             assert found.dtype is torch.float32
@@ -424,7 +406,7 @@ def test_large_batches_travel_in_parts(folder: Path) -> None:
         for split in (whole, parts):
             split.randomize()
             split.model(ids, mask, labels).loss.backward()
-        for (_, _, expected), (_, _, found) in zip(
+        for (_, expected), (_, found) in zip(
             factors(whole.adapters()), factors(parts.adapters()), strict=True
         ):
             torch.testing.assert_close(found.grad, expected.grad, rtol=1e-5, atol=1e-6)
@@ -443,12 +425,12 @@ def test_parts_that_are_not_trained_have_no_factors(folder: Path) -> None:
             split.randomize()
             bottom, top = split.model.adapters()
             trained = {"bottom": bottom, "top": top, "trunk": split.server.adapter}
-            whole = unsplit(folder, split)
+            whole = unsplit(folder, split.adapters(), LORA)
             whole(ids, attention_mask=mask, labels=labels).loss.backward()
             split.model(ids, mask, labels).loss.backward()
 
             assert {part for part, one in trained.items() if one and one.factors} == set(train)
-            assert_equal_gradients(split, whole)
+            assert_equal_gradients(gradients(split.adapters()), whole)
             # Nobody below the top is trained: gradients have no reason to travel.
             assert bool(split.wire.of(Backward)) is (train != ("top",))
             assert all(event.no_grad is (train == ("top",)) for event in split.wire.of(Forward))
@@ -673,10 +655,10 @@ def test_blocks_chosen_by_number(folder: Path) -> None:
     for blocks in ((0, 2), (0, 4), (3,)):
         with Split(folder, lora=replace(LORA, blocks=blocks)) as split:
             split.randomize()
-            whole = unsplit(folder, split)
+            whole = unsplit(folder, split.adapters(), LORA)
             whole(ids, attention_mask=mask, labels=labels).loss.backward()
             split.model(ids, mask, labels).loss.backward()
-            assert_equal_gradients(split, whole)
+            assert_equal_gradients(gradients(split.adapters()), whole)
             assert {p.block for one in split.adapters() for p in one.factors} == set(blocks)
 
 
