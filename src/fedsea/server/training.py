@@ -184,14 +184,14 @@ class Training:
             try:
                 await self._make_room(place, tenant)
                 live, step = await self._joined(place, tenant, recipe, request.resume_steps)
+                entry = self._entries.get(place.key)
+                if entry is None or entry.live is not live:
+                    entry = self._entries[place.key] = _Entry(live)
+                member = self._member(place, entry, tenant, formats, fail, request.weight)
+                entry.seated[tenant] = _Seated(member, fail)
             except BaseException:
                 self._forget_later(place.key)
                 raise
-            entry = self._entries.get(place.key)
-            if entry is None or entry.live is not live:
-                entry = self._entries[place.key] = _Entry(live)
-            member = self._member(place, entry, tenant, formats, fail, request.weight)
-            entry.seated[tenant] = _Seated(member, fail)
         return Seat(member, step, lambda: self._leave(place.key, tenant, member))
 
     async def adapter(self, tenant: str, name: str) -> Adapter | None:

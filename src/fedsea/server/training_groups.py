@@ -18,6 +18,7 @@ from fedsea.server.config import GroupSection
 from fedsea.server.logs import get_logger
 from fedsea.server.training_member import Formats, Live, Services, SoloMember
 from fedsea.server.training_run import TrainingRun, parameters_of
+from fedsea.server.training_store import check_same
 from fedsea.server.training_workers import Workers
 from fedsea.wire.messages import Save, Saved, Step, Stepped
 
@@ -69,9 +70,15 @@ class Averaging:
         self._mean: dict[str, Tensor] | None = None
 
     def join(self, member: HierarchicalMember) -> None:
-        """Take part; a copy of which no step is done begins as the last mean."""
-        self._members.add(member)
+        """Take part; a copy of which no step is done begins as the last mean.
+
+        Raises:
+            ConfigError: it is trained with other options than the others'.
+        """
         run = member.live.run
+        for other in self._members:
+            check_same(other.live.run.recipe, run.recipe)
+        self._members.add(member)
         if self._mean is not None and not run.steps:
             assign(run, self._mean)
 
@@ -120,7 +127,10 @@ class Averaging:
         waiting: Mapping[HierarchicalMember, _Waiting],
         mean: asyncio.Future[dict[str, Tensor]],
     ) -> None:
-        if not mean.cancelled() and mean.exception() is None:
+        error = None if mean.cancelled() else mean.exception()
+        if error is not None:
+            _log.error("mean_failed", error=type(error).__name__)
+        elif not mean.cancelled():
             self._mean = mean.result()
         for member, each in waiting.items():
             if not each.answer.done():
