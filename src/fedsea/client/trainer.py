@@ -41,6 +41,7 @@ from fedsea.errors import (
     Draining,
     FedseaError,
     NotFinite,
+    PrivacyError,
     SessionLost,
     StaleStep,
     TransportError,
@@ -251,6 +252,8 @@ class Trainer:
 
         Raises:
             NotFinite: a loss or gradient is NaN or infinite; nothing of that step was applied.
+            PrivacyError: the next batch may not leave, as when a budget is spent; the steps before it
+                are saved.
             CheckpointError: a checkpoint could not be written; earlier ones are untouched.
             FedseaError: no server in time, or one that refuses.
         """
@@ -266,6 +269,9 @@ class Trainer:
                     break
             except _BROKEN as error:
                 self._note_break(error)
+            except PrivacyError:
+                self._keep_steps()
+                raise
         return self._finish()
 
     def _advance(self) -> bool:
@@ -479,6 +485,17 @@ class Trainer:
         self._measure()
         self._save_here()
         self._breaks = 0
+
+    def _keep_steps(self) -> None:
+        """Save the steps that are done, where nothing more may leave."""
+        if self._kept is None or self._config.patience is not None:
+            return
+        try:
+            self._model.trunk.reset()
+            if self._saved != self._state.step:
+                self._save()
+        except FedseaError as error:
+            self._say(f"{error}; what stays is the checkpoint of step {self._saved}")
 
     def _save_here(self) -> None:
         assert self._kept is not None

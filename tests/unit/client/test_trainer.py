@@ -29,6 +29,7 @@ from fedsea.client.trainer import (
 )
 from fedsea.client.training_config import TrainerConfig
 from fedsea.errors import (
+    BudgetExceeded,
     CheckpointError,
     ConfigError,
     ConnectionLost,
@@ -157,6 +158,9 @@ class Model:
         self.bottom, self.top = weights(2), weights(3, VOCABULARY)
         self.step, self.index = 0, 0
         self.poison: set[int] = set()
+        self.spent: set[int] = set()
+        self.spent_evaluation = False
+        self.last_words: Callable[[], None] = lambda: None
 
     def description(self) -> Mapping[str, Any]:
         return {"width": WIDTH}
@@ -169,6 +173,9 @@ class Model:
         self.step, self.index = step, 0
 
     def logits(self, batch: Sequence[Example]) -> Tensor:
+        if self.spent_evaluation if not torch.is_grad_enabled() else self.step in self.spent:
+            self.last_words()
+            raise BudgetExceeded("nothing more may leave")
         return self.trunk.called(lambda: self._logits(batch))  # type: ignore[no-any-return]
 
     def _logits(self, batch: Sequence[Example]) -> Tensor:
@@ -538,6 +545,51 @@ class TestEarlyStopping:
             place.trainer(self.CONFIG, evaluation=None)
         with pytest.raises(ConfigError, match="patience"):
             place.trainer(self.CONFIG, folder=None)
+
+
+class TestBudget:
+    def test_the_steps_before_a_spent_budget_are_saved(self, tmp_path, undisturbed):
+        """The error passes, both sides keep the steps that are done, and more budget goes on."""
+        place = Place.at(tmp_path)
+        trainer = place.trainer()
+        place.models[-1].spent = {5}
+        with pytest.raises(BudgetExceeded):
+            trainer.run()
+        assert Steps(place.folder / CHECKPOINTS).steps()[-1] == 4
+        assert Steps(place.server.folder).steps()[-1] == 4
+
+        place.trainer().run()
+        same(place, undisturbed)
+        assert place.log.starts == [0, 4]
+
+    def test_an_evaluation_that_is_too_dear_loses_no_step(self, tmp_path):
+        """The steps before an evaluation that may not be made are saved."""
+        place = Place.at(tmp_path)
+        trainer = place.trainer()
+        place.models[-1].spent_evaluation = True
+        with pytest.raises(BudgetExceeded):
+            trainer.run()
+        assert Steps(place.folder / CHECKPOINTS).steps()[-1] == 4
+
+    def test_a_server_that_is_gone_then_is_named(self, tmp_path):
+        """Where the last steps cannot be saved, the budget is the error and a line names the rest."""
+        place = Place.at(tmp_path)
+        trainer = place.trainer()
+        place.models[-1].spent = {5}
+        place.models[-1].last_words = lambda: place.server.faults.update(
+            {place.server.calls + 1: "cut"}
+        )
+        with pytest.raises(BudgetExceeded):
+            trainer.run()
+        assert place.log.messages == ["it broke; what stays is the checkpoint of step 3"]
+
+    def test_nothing_is_kept_without_a_folder(self, tmp_path):
+        """Without a folder there is nothing to save, and the error is the same."""
+        place = Place.at(tmp_path)
+        trainer = place.trainer(folder=None)
+        place.models[-1].spent = {2}
+        with pytest.raises(BudgetExceeded):
+            trainer.run()
 
 
 class TestNotFinite:
