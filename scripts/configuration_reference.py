@@ -11,10 +11,13 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields
+from enum import StrEnum
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+from fedsea.federated.config import AggregatorConfig
+from fedsea.federated.joining import ClientSection
 from fedsea.server.config import (
     DEVICES,
     DTYPES,
@@ -44,6 +47,16 @@ HEAD = """\
 required. A key that is not listed here is an error. Paths are relative to the file.
 Options of the command override the file, and `--set SECTION.KEY=VALUE` reaches every key:
 see [the command](cli.md#fedsea-serve) and [how to serve a trunk](../how-to/serve-a-trunk.md).
+"""
+FEDERATION = """\
+## Files of a federation
+
+`fedsea federate run` reads the sections `federation`, `strategy`, `secure`, `privacy` and
+`aggregator`. `fedsea federate client` reads `client`, `secure` and `privacy`, and the sections of
+[`fedsea finetune`](cli.md#fedsea-finetune): `run`, `parts`, `lora`, `data` and `training`, where
+`training.steps` or `training.epochs` says how long a round is. `fedsea federate simulate` reads one
+file of the first kind, without `aggregator`, and one of the second for each client.
+See [how to federate](../how-to/federate.md).
 """
 QUOTAS = """\
 The keys above hold for every tenant. A section `[quotas.tenants.NAME]` takes the same keys for one
@@ -85,7 +98,15 @@ _ATTRIBUTE = re.compile(r"^    (\w+): (.+(?:\n        .+)*)", re.MULTILINE)
 def page() -> str:
     """The whole page."""
     sections = get_type_hints(ServerConfig)
-    return "\n".join([HEAD, *(_section(name, kind) for name, kind in sections.items())])
+    federation = get_type_hints(AggregatorConfig) | {"client": ClientSection}
+    return "\n".join(
+        [
+            HEAD,
+            *(_section(name, kind) for name, kind in sections.items()),
+            FEDERATION,
+            *(_section(name, kind) for name, kind in federation.items()),
+        ]
+    )
 
 
 def _section(name: str, section: type[Any]) -> str:
@@ -141,7 +162,7 @@ def _value(hint: Any) -> str:
     if hint == tuple[str, ...]:
         return "list of texts"
     kinds = [kind for kind in get_args(hint) if kind is not NoneType] or [hint]
-    return _TYPES[kinds[0]]
+    return "text" if issubclass(kinds[0], StrEnum) else _TYPES[kinds[0]]
 
 
 def _default(entry: Field[Any]) -> str:

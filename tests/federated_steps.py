@@ -1,6 +1,8 @@
 """A client of a federation whose training can be computed by hand, also as a process of its own.
 
 python -m tests.federated_steps NAME TARGET EXAMPLES ADDRESS CERTIFICATES FOLDER SECURE-AS-JSON
+
+It says "training" when a round begins here. With 0 EXAMPLES it never ends one.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,9 @@ class Steps:
 
     def fit(self, settings: FitSettings) -> int:
         self.rounds.append(settings.round)
+        if not self.examples:
+            print("training", flush=True)
+            threading.Event().wait()
         start = self.arrays()
         for _ in range(self.steps):
             for name, array in self._arrays.items():
@@ -73,7 +79,7 @@ def main() -> None:
     files = Path(certificates)
     tls = ClientTLS(files / "ca.pem", files / f"client-{name}.pem", files / f"client-{name}.key")
 
-    def told(number: int) -> None:
+    def told(number: int, scaled: float) -> None:
         print(f"round {number}", flush=True)
 
     participant = Participant(client, parse_address(address), tls, section, folder, told)

@@ -67,7 +67,7 @@ def client(
             section.tls,
             config.secure,
             config.finetune.run.out,
-            lambda number: screen.write(f"round {number}: trained here\n"),
+            _trained,
         )
         try:
             screen.write(f"{section.name}: taking part at {section.aggregator}\n")
@@ -117,6 +117,13 @@ def _until_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _trained(number: int, scaled: float) -> None:
+    line = f"round {number}: trained here"
+    if scaled < 1:
+        line += f"; the update was scaled by {scaled:.3g} to the clip range"
+    screen.write(f"{line}\n")
 
 
 def _show(report: RoundReport) -> None:

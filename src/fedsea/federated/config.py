@@ -132,7 +132,7 @@ class SecureSection:
     enabled: bool = False
     least: int = 3
     clip: float = 1.0
-    max_weight: float = 100000.0
+    max_weight: float = 10000.0
     timeout_s: float = 600.0
     outside: Outside = Outside.SCALE
 

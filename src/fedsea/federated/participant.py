@@ -33,7 +33,8 @@ class Participant:
         tls: this client's certificate.
         secure: the least that it accepts; disabled, it takes part in rounds in clear only.
         folder: where Flower's state and logs go.
-        on_round: is told the number of each round that was computed here.
+        on_round: is told the number of each round that was computed here, and the factor by which
+            its update was scaled to the clip range.
 
     Raises:
         CertificateError: a certificate cannot be used.
@@ -46,7 +47,7 @@ class Participant:
         tls: ClientTLS,
         secure: SecureSection,
         folder: Path,
-        on_round: Callable[[int], None],
+        on_round: Callable[[int, float], None],
     ) -> None:
         self._ended = threading.Event()
         self._stopped = threading.Event()

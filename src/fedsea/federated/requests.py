@@ -18,14 +18,15 @@ class Requests:
     Args:
         client: computes.
         on_finish: called after the federation has ended, with the number of rounds.
-        on_round: called after each round of local training.
+        on_round: called after each round of local training, with its number and the factor by
+            which the update was scaled to the clip range.
     """
 
     def __init__(
         self,
         client: LocalClient,
         on_finish: Callable[[int], None] = lambda _: None,
-        on_round: Callable[[int], None] = lambda _: None,
+        on_round: Callable[[int, float], None] = lambda *_: None,
     ) -> None:
         self._client = client
         self._on_finish = on_finish
@@ -71,7 +72,7 @@ class Requests:
         if settings.round < 1 or settings.proximal < 0:
             raise RemoteProtocolError("a round below 1 or a negative proximal term came")
         made = self._client.fit(self._named(arrays), settings)
-        self._on_round(settings.round)
+        self._on_round(settings.round, made.scaled)
         return {"weight": made.weight, "scaled": made.scaled}, made.update
 
 
