@@ -10,7 +10,7 @@ projection, through the client's own path, and is attacked and measured.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedsea.errors import ConfigError
 from fedsea.evaluation import utility as usefulness
+from fedsea.evaluation.finding import Score, rate_of, rates_by_class
 from fedsea.evaluation.lineup import Lineup, check_attacks
 from fedsea.evaluation.texts import Ids, Texts
 from fedsea.evaluation.utility import Reading
@@ -31,10 +32,9 @@ from fedsea.model.projection import Projection
 from fedsea.privacy.denoiser import Denoiser, Purpose
 from fedsea.privacy.mechanism import Mechanism
 from fedsea.redteam.attack import TextGuess
-from fedsea.redteam.intervals import clopper_pearson
 from fedsea.redteam.knowledge import Knowledge, Level
 from fedsea.redteam.prior import prior_only
-from fedsea.redteam.report import PLAIN, PRIOR_ATTACK, Rate, Row, Utility
+from fedsea.redteam.report import PLAIN, PRIOR_ATTACK, Row, Utility
 from fedsea.redteam.rotation import Rotation
 from fedsea.redteam.view import ServerView
 
@@ -94,14 +94,6 @@ class _Channel:
     views: tuple[ServerView, ...]
     readings: tuple[Reading, ...]
     answers: tuple[Ids, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Score:
-    """Whether each token of a kind was named."""
-
-    kind: str
-    hit: bool
 
 
 def evaluate(plan: Plan, progress: Progress | None = None) -> list[Row]:
@@ -208,7 +200,7 @@ class _Suite:
         self._lineup = Lineup(self._knowledge(), plan.texts.public)
         model = self._lineup.knowledge.language_model
         self._prior = [prior_only(ids, self._first, model) for ids in plan.texts.secret]
-        self._prior_rate = _rate(self._scores(PRIOR_ATTACK, self.clean, self._prior)).recovery
+        self._prior_rate = rate_of(self._scores(PRIOR_ATTACK, self.clean, self._prior)).recovery
         # After the prior, so that its language model is loaded once for both.
         self._behind = self._lineup
         if self.projection is not None:
@@ -312,7 +304,7 @@ class _Suite:
     ) -> Row:
         plan, mechanism = self._plan, channel.mechanism
         scores = self._scores(attack, channel, guesses)
-        total = _rate(scores)
+        total = rate_of(scores)
         projection = channel.projection
         if channel is self.clean:
             self._best.setdefault(attack, total.recovery)
@@ -334,7 +326,7 @@ class _Suite:
             utility=utility,
             clean_utility=self._clean_utility,
             noise=self._noise(channel),
-            by_class=_by_class(scores),
+            by_class=rates_by_class(scores),
             guarantee=_guarantee(channel),
             mu=None if loss is None else loss.mu(),
             bound=None if mechanism is None else self._bound(mechanism),
@@ -345,7 +337,7 @@ class _Suite:
             denoised=channel.denoised,
         )
 
-    def _scores(self, attack: str, channel: _Channel, guesses: Sequence[TextGuess]) -> list[_Score]:
+    def _scores(self, attack: str, channel: _Channel, guesses: Sequence[TextGuess]) -> list[Score]:
         """One for each token that is to be found: of the texts, or of what the client decodes."""
         texts = self._plan.texts
         found = []
@@ -357,7 +349,7 @@ class _Suite:
                 truth = list(texts.secret[number])
                 kinds = list(texts.kinds[number]) if texts.kinds else [""] * len(truth)
             found += [
-                _Score(kind, named == token)
+                Score(kind, named == token)
                 for kind, named, token in zip(kinds, guess.ids, truth, strict=True)
             ][self._first :]
         return found
@@ -425,20 +417,6 @@ def _sent(view: ServerView) -> Tensor:
     """The released rows of the one text of a view, as the server computes with them."""
     (chain,) = view.chains()
     return chain.means()
-
-
-def _rate(scores: Sequence[_Score]) -> Rate:
-    hits = sum(score.hit for score in scores)
-    interval = clopper_pearson(hits, len(scores))
-    return Rate(hits / max(1, len(scores)), interval.low, interval.high, len(scores))
-
-
-def _by_class(scores: Iterable[_Score]) -> dict[str, Rate]:
-    found: dict[str, list[_Score]] = {}
-    for score in scores:
-        if score.kind:
-            found.setdefault(score.kind, []).append(score)
-    return {kind: _rate(found[kind]) for kind in sorted(found)}
 
 
 def _means(guesses: Sequence[TextGuess]) -> dict[str, float]:

@@ -22,8 +22,12 @@ UTILITY_POINTS = 0.02
 FLOOR = 0.99
 _ROUNDING = 1e-9  # differences of shares that meet a bar exactly
 FLOOR_ATTACK = "r1"
-# Attacks that name the tokens of the prompt; the others read answers or only measure.
-PROMPT_ATTACKS = frozenset({"nn", "cosine", "r1", "r2", "r4", "r4t", "r6"})
+# What the attack on gradients saw when its reading shows that it works: those of the first step,
+# where the client's top is still the attacker's.
+FIRST_GRADIENTS = "gradients"
+_GRADIENT_FLOOR_ATTACK = "r3t"
+# Attacks that name the tokens of a text; the others read answers or only measure.
+PROMPT_ATTACKS = frozenset({"nn", "cosine", "r1", "r2", "r3", "r3t", "r4", "r4t", "r6", "r7"})
 
 FEDSEA = "fedsea"
 FEDSEA_SCALE = "fedsea-scale"
@@ -98,10 +102,17 @@ def settings(rows: Iterable[Row]) -> list[Setting]:
 
 
 def floor(rows: Iterable[Row]) -> list[Row]:
-    """Rows on which the suite fails itself: a clean channel of which R1 reads less than 99 %."""
-    return [
-        row for row in rows if row.is_clean and row.attack == FLOOR_ATTACK and row.recovery < FLOOR
-    ]
+    """Rows on which the suite fails itself: a clean channel of which R1 or R3 reads under 99 %.
+
+    R3 is asked for it in the first step, where the client's top is still the attacker's.
+    """
+    return [row for row in rows if row.is_clean and _shows_floor(row) and row.recovery < FLOOR]
+
+
+def _shows_floor(row: Row) -> bool:
+    if row.attack == _GRADIENT_FLOOR_ATTACK:
+        return row.exposed == FIRST_GRADIENTS
+    return row.attack == FLOOR_ATTACK
 
 
 def fedsea_scale(rows: Iterable[Row]) -> list[Verdict]:

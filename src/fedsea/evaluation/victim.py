@@ -35,7 +35,7 @@ from fedsea.transport.recording import Message, Recorder, RecordingChannel
 
 MAX_KV_ROWS = 16384
 _RECORDED_MESSAGES = 1 << 20
-_SERVER = "server in this process"
+SERVER = "server in this process"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +84,11 @@ class Victim:
         loaded = trunk if trunk is not None else loading.load(config)
         self._recorder = Recorder(_RECORDED_MESSAGES)
         self._folder = TemporaryDirectory(prefix="fedsea-victim-")
-        channel = _ServerHere(lambda: TrunkService(config, loaded))
+        channel = ServerHere(lambda: TrunkService(config, loaded))
         try:
             self.llm = LLM.connect(
                 model,
-                {_SERVER: lambda: RecordingChannel(channel, self._recorder)},
+                {SERVER: lambda: RecordingChannel(channel, self._recorder)},
                 partition=partition,
                 dtype="fp32",
                 kv_rows=min(MAX_KV_ROWS, 4 * loaded.max_context),
@@ -166,14 +166,20 @@ def load_trunk(model: str | Path, projection: Path | None = None) -> loading.Tru
     return loading.load(server_config(model, projection))
 
 
-def server_config(model: str | Path, projection: Path | None = None) -> ServerConfig:
-    """Settings of a server in this process that serves all blocks of a model in fp32."""
+def server_config(
+    model: str | Path, projection: Path | None = None, training: Path | None = None
+) -> ServerConfig:
+    """Settings of a server in this process that serves all blocks of a model in fp32.
+
+    With a folder for `training` it trains adapters and keeps them there.
+    """
     return ServerConfig.from_table(
         {
             "server": {"model": str(model)},
             "model": {"projections": [] if projection is None else [str(projection)]},
             "kv": {"rows": MAX_KV_ROWS},
             "security": {"plaintext": True},
+            **({} if training is None else {"training": {"folder": str(training)}}),
         }
     )
 
@@ -201,7 +207,7 @@ class _Unchanged(Mechanism):
         return "not differentially private: rows leave as they are"
 
 
-class _ServerHere(Channel):
+class ServerHere(Channel):
     """A channel to a server that starts, on the client's loop, when it is first used."""
 
     def __init__(self, make: Callable[[], TrunkService]) -> None:

@@ -27,10 +27,16 @@ TITLES: Mapping[str, str] = {
     "nn": "nearest embedding",
     "r1": "prefix search, maximum likelihood",
     "r2": "prefix search with a language model",
+    "r3": "labels from a returned gradient, closed form",
+    "r3t": "labels from a returned gradient, refined with the model's expectation",
     "r4": "learned inverter, recurrent",
     "r4t": "learned inverter, transformer",
     "r5": "reading the answer with a public top",
     "r6": "breaking a secret rotation",
+    "r7": "tokens from an update, by its span",
+    "r8": "membership in the training data, 1 % false positives",
+    "canary": "canaries whose secret is found first",
+    "audit": "coins of canaries guessed right",
 }
 _PERCENT = 100.0
 _SHORT_FINGERPRINT = 8
@@ -76,6 +82,7 @@ class Row:
         width: numbers in a row on the wire behind a projection, None without one.
         projection: fingerprint of the projection, empty without one.
         denoised: whether the client restores what comes back; attackers see nothing of it.
+        exposed: what the attacker saw, where that is not the rows of a request.
         knowledge: what the attacker holds: base, leaked or black-box.
         recovery: share of secret tokens that the attacker named.
         low: lower end of the 95 % interval of `recovery`.
@@ -121,6 +128,7 @@ class Row:
     width: int | None = None
     projection: str = ""
     denoised: bool = False
+    exposed: str = ""
 
     @property
     def channel(self) -> tuple[str, int, int]:
@@ -145,7 +153,7 @@ class Row:
         return self._beside(self.parameters, width)
 
     def _beside(self, mechanism: str, width: str) -> str:
-        parts = (mechanism, width, "denoised" if self.denoised else "")
+        parts = (mechanism, width, "denoised" if self.denoised else "", self.exposed)
         return ", ".join(part for part in parts if part)
 
     def to_json(self) -> dict[str, Any]:
