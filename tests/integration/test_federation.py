@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -162,9 +163,10 @@ def listening(processes: list[psutil.Process]) -> set[str]:
     """Hosts on which processes listen for TCP."""
     found = set()
     for process in processes:
-        for connection in process.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN:
-                found.add(connection.laddr.ip)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for connection in process.net_connections("tcp"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.add(connection.laddr.ip)
     return found
 
 
@@ -270,13 +272,19 @@ def test_a_killed_computation_is_told(network):
     """When the process that computes rounds dies, the command says so and how to go on."""
     network.aggregate(NAMES[:2], rounds=1)
 
-    def kill() -> None:
-        def computing() -> list[psutil.Process]:
-            return [one for one in family(os.getpid()) if "flwr-serverapp" in one.cmdline()]
+    def computing() -> psutil.Process | None:
+        """The process that computes rounds, once it is connected to this one."""
+        for process in family(os.getpid()):
+            with contextlib.suppress(psutil.Error):
+                if "flwr-serverapp" in process.cmdline() and process.net_connections("unix"):
+                    return process
+        return None
 
-        wait_until(lambda: bool(computing()))
-        wait_until(lambda: any(one.net_connections("unix") for one in computing()))
-        computing()[0].kill()
+    def kill() -> None:
+        wait_until(lambda: computing() is not None)
+        process = computing()
+        assert process is not None
+        process.kill()
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
+import signal
 import sys
+import threading
+import time
 import tomllib
 import zipfile
 from collections.abc import Callable, Mapping
@@ -61,6 +65,8 @@ _DESCRIPTION: Final = "pyproject.toml"
 _MANIFEST: Final = ".info/CONTENT"
 _FILES_MOST: Final = 64
 _BYTES_MOST: Final = 1 << 20
+_PARENT_S: Final = 1.0
+_LAST_S: Final = 10.0
 
 
 def contents(packed: bytes) -> dict[str, bytes]:
@@ -143,9 +149,19 @@ def main(program: str, arguments: list[str]) -> None:
     if program not in PROGRAMS:
         raise ConfigError(f"{program} is no program of Flower that is started here")
     pin_app(program)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     module, _, function = PROGRAMS[program].partition(":")
     sys.argv = [program, *arguments]
     getattr(importlib.import_module(module), function)()
+
+
+def _end_with_parent(parent: int) -> None:
+    """Do not outlive the process that started this one, however that ends."""
+    while os.getppid() == parent:
+        time.sleep(_PARENT_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_LAST_S)
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,8 @@ class Joined:
 
     Attributes:
         client: answers the requests of the federation.
+        training: what it trains with.
+        model: what is trained.
     """
 
     def __init__(
@@ -140,12 +142,12 @@ class Joined:
             need(bool(section.servers), "client.servers names no server of the trunk; name one")
             servers = section.servers
         try:
-            model = self._stack.enter_context(
+            self.model = self._stack.enter_context(
                 run.connect(servers, tls=section.tls, on_notice=notice)
             )
             evaluation = () if run.evaluation_set is None else run.evaluation_set.examples
-            training = SplitTraining(
-                model, config.finetune.training, run.train_set.examples, evaluation
+            self.training = SplitTraining(
+                self.model, config.finetune.training, run.train_set.examples, evaluation
             )
             ledger = self._ledger(config.privacy)
             mechanism = mechanism_of(config.privacy)
@@ -155,8 +157,8 @@ class Joined:
                 protection = mechanism, account
             self.client = LocalClient(
                 section.name,
-                training,
-                policy_of(config, training),
+                self.training,
+                policy_of(config, self.training),
                 config.finetune.run.out,
                 protection,
             )

@@ -124,15 +124,15 @@ def simulate(
         stack.callback(trunk.close)
         apps = {}
         for node, client in enumerate(clients, start=1):
-            here = _here(client, trunk)
+            here = with_trunk(client, trunk)
             joined = stack.enter_context(Joined(here, notice))
             terms = client.secure if client.secure.enabled else None
             apps[node] = client_app(Requests(joined.client), terms)
         Federation(MemoryGrid(apps), new_context(0), config, report, notice).run()
 
 
-def _here(client: ClientConfig, trunk: TrunkProcess) -> ClientConfig:
-    """The same client with the trunk of this machine."""
+def with_trunk(client: ClientConfig, trunk: TrunkProcess) -> ClientConfig:
+    """The same client, with the trunk of this machine and a certificate for it."""
     files, name = trunk.certificates, client.client.name
     section = replace(
         client.client,
