@@ -36,13 +36,14 @@ class Trunk(Protocol):
     def moved(self) -> Moved:
         """Bytes of all sessions so far."""
 
-    def open(self, steps: Sequence[int]) -> int:
-        """Find a server, for as long as patience lasts, and begin a session.
+    def open(self, steps: Sequence[int], within: float) -> int:
+        """Find a server and begin a session.
 
         Gradients that another session left behind are forgotten.
 
         Args:
             steps: those that the client could go on from; 0 is the start.
+            within: seconds to wait for a server.
 
         Returns:
             The highest of them that the server has.
@@ -117,12 +118,12 @@ class _SplitTrunk:
         traffic = self._model.traffic
         return Moved(traffic.bytes_up, traffic.bytes_down)
 
-    def open(self, steps: Sequence[int]) -> int:
+    def open(self, steps: Sequence[int], within: float) -> int:
         # The model was connected with the steps that were there then: no need to ask twice.
         is_open = self._is_first and self._model.address is not None
         self._is_first = False
         if not is_open or self._model.steps not in steps:
-            self._model.reopen(steps)
+            self._model.reopen(steps, within)
         self._model.reset()
         return self._model.steps
 

@@ -70,7 +70,7 @@ _NAMED_EXAMPLES = 8
 _MOST_OFFERED = 64
 _FORMAT = 1
 # Settings that do not change what is computed, so that a run may go on with others.
-_FREE_SETTINGS = ("keep", "save_every")
+_FREE_SETTINGS = ("keep", "reconnect_s", "save_every")
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,8 +323,10 @@ class Trainer:
         here = {self._state.step} | set(self._kept.steps() if self._kept else ())
         if self._pending is not None:
             here.add(self._pending.number)
-        found = self._model.trunk.open(sorted(here)[-_MOST_OFFERED:])
+        offered = sorted(here)[-_MOST_OFFERED:]
+        found = self._model.trunk.open(offered, self._config.reconnect_s)
         self._connected = True
+        self._measure()
         if self._pending is not None and found == self._pending.number:
             return
         self._forget_gradients()
@@ -528,7 +530,7 @@ class Trainer:
         best = self._config.patience is not None and state.best_step != state.step
         if ended and best:
             self._say(f"step {state.best_step} was the best: its adapter stays")
-            self._model.trunk.open([state.best_step])
+            self._model.trunk.open([state.best_step], self._config.reconnect_s)
             self._restore(state.best_step)
         summary = self._summary(state)
         if self._folder is not None:

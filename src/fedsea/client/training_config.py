@@ -65,6 +65,8 @@ class TrainerConfig:
         min_improvement: by how much a loss has to be lower to be better.
         save_every: steps between checkpoints; None for 100. There is always one at the end.
         keep: so many of the last checkpoints stay.
+        reconnect_s: how long a server may be away, in seconds, before the run ends. The same command
+            goes on later.
         seed: start of all chance: fresh adapters, order of the examples, dropout.
     """
 
@@ -87,6 +89,7 @@ class TrainerConfig:
     min_improvement: float = 0.0
     save_every: int | None = None
     keep: int = 2
+    reconnect_s: float = 600.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -96,7 +99,7 @@ class TrainerConfig:
             value = getattr(self, name)
             least = 0 if name == "batch_size" else 1
             need(value is None or value >= least, f"{name} is {value}; give at least {least}")
-        for name in ("warmup_steps", "min_improvement", "max_grad_norm"):
+        for name in ("warmup_steps", "min_improvement", "max_grad_norm", "reconnect_s"):
             value = getattr(self, name)
             need(0 <= value < math.inf, f"{name} is {value}; give 0 or a positive number")
         rate = self.learning_rate

@@ -100,7 +100,8 @@ class Server:
             raise ConnectionLost("it broke")
         return found
 
-    def open(self, steps: Sequence[int]) -> int:
+    def open(self, steps: Sequence[int], within: float) -> int:
+        assert within == TrainerConfig().reconnect_s
         self.opened.append(list(steps))
         saved = Steps(self.folder)
         common = set(steps) & {0, self.optimizer.steps, *saved.steps()}
@@ -466,7 +467,7 @@ class TestBreaks:
         """What opening raises ends the run; it has waited already."""
         place = Place.at(tmp_path)
 
-        def nobody(self: Server, steps: Sequence[int]) -> int:
+        def nobody(self: Server, steps: Sequence[int], within: float) -> int:
             raise Unreachable("nobody answers")
 
         monkeypatch.setattr(Server, "open", nobody)
