@@ -13,10 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedsea.model.attention import RaggedBatch
+from fedsea.model.linears import PackedLinear
 from fedsea.model.lora import AdaptedRows, Adapter
 from fedsea.model.spans import Top
 
@@ -27,12 +28,14 @@ class TopMap:
     Both products are exact: J^T w is one backward pass, and J r is the derivative of J^T w in w.
 
     Args:
-        top: the attacker's copy.
+        top: the attacker's copy; its packed linears become plain ones, which can be differentiated
+            twice.
         rows: [n, hidden], one sequence as it entered the client's top.
         adapter: what the client's top adds, where that leaked.
     """
 
     def __init__(self, top: Top, rows: Tensor, adapter: Adapter | None = None) -> None:
+        _unpack(top)
         self._input = rows.detach().float().clone().requires_grad_()
         count = len(rows)
         used = () if adapter is None else (AdaptedRows(0, count, adapter),)
@@ -62,13 +65,26 @@ class TopMap:
         return found
 
 
+def _unpack(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, PackedLinear):
+            plain = nn.Linear(child.in_features, child.out_features, child.bias is not None)
+            plain.weight = nn.Parameter(child.weight.to_dense(), requires_grad=False)
+            plain.bias = child.bias
+            setattr(module, name, plain)
+        else:
+            _unpack(child)
+
+
 def entry_norms(top: Top) -> Tensor:
     """|W_v * gamma|^2 [vocabulary]: how long each label's pull on the final norm's input is.
+
+    For a top that a `TopMap` was made of.
 
     gamma is what the norm makes of a row of ones, whatever form its family stores it in.
     """
     head: Any = top.causal.lm_head
-    weight: Tensor = head.weight.to_dense() if head.weight.is_mkldnn else head.weight
+    weight: Tensor = head.weight
     norm: Any = top.span.blocks.norm
     with torch.no_grad():
         gamma: Tensor = norm(torch.ones(1, weight.shape[1]))[0]
