@@ -43,7 +43,8 @@ def _keep(weight: Tensor) -> None:
 class PackedLinear(nn.Module):
     """A linear layer whose weight lies in oneDNN's packed layout.
 
-    Unpacking is exact, so gradients with respect to the input are those of the plain layer.
+    Unpacking is exact, so gradients with respect to the input are those of the plain layer. Only the
+    backward unpacks, and keeps nothing of it.
     """
 
     weight: Tensor
@@ -61,9 +62,24 @@ class PackedLinear(nn.Module):
         if torch.compiler.is_compiling():
             product: Tensor = torch.ops.fedsea.packed_product(rows, self.number, self.out_features)
             return product
-        if torch.is_grad_enabled():
-            return linear(rows, self.weight.to_dense(), self.bias)
+        if rows.requires_grad and torch.is_grad_enabled():
+            differentiable: Tensor = _PackedProduct.apply(rows, self)  # type: ignore[no-untyped-call]
+            return differentiable
         return _packed_product(rows, self.weight, self.bias)
+
+
+class _PackedProduct(torch.autograd.Function):
+    """The product of a `PackedLinear`, the same with and without a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, layer: PackedLinear) -> Tensor:
+        ctx.layer = layer
+        return _packed_product(rows, layer.weight, layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # oneDNN reads the weight of the transposed layer where it lies.
+        return _packed_product(gradient, ctx.layer.weight.to_dense().t(), None), None
 
 
 class Int8Linear(nn.Module):
