@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
+import os
 from contextlib import asynccontextmanager
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from tests.training_client import LORA, TrainingClient, some_rows
 from tests.trunk_client import BLOCKS
 
+from fedsea import artifacts
 from fedsea.errors import (
     ConfigError,
     ConnectionLost,
@@ -29,6 +32,7 @@ from fedsea.model.partition import Span
 from fedsea.model.spans import Placement, load_trunk
 from fedsea.server import training_run
 from fedsea.server.service import TrunkService
+from fedsea.server.training_store import RunKey
 from fedsea.transport.memory import MemoryChannel
 from fedsea.wire.codecs import Codec
 from fedsea.wire.description import decode_description
@@ -719,3 +723,28 @@ def test_nothing_of_a_training_is_logged(training, fingerprint, caplog):
     assert lines["fedsea_training_backwards_total"] == 1
     assert lines["fedsea_training_steps_total"] == 1
     assert norm not in lines.values()
+
+
+def test_a_save_without_room_is_told_and_can_be_repeated(training, fingerprint, monkeypatch):
+    """The session goes on behind a full disk; what was saved before is what is resumed from."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write(path, content):
+        raise ConfigError("cannot be written") from full
+
+    async def dialogue():
+        async with training() as service:
+            client = await TrainingClient.open(service, fingerprint)
+            await client.train(1, some_rows(5))
+            assert await client.save(1) == ""
+            await client.train(2, some_rows(5))
+            with monkeypatch.context() as patched:
+                patched.setattr(artifacts, "replace_file", write)
+                problem = await client.save(2)
+            assert "could not save step 2 (No space left on device)" in problem
+            assert service.training._services.store.steps(RunKey("local", "clinic")) == [1]
+            assert (await client.train(3, some_rows(5)))[2].applied
+            assert await client.save(3) == ""
+            await client.close()
+
+    run(dialogue())
