@@ -23,6 +23,7 @@ from rich.text import Text
 
 from fedsea.cli import screen
 from fedsea.cli.options import flattened
+from fedsea.cli.redteam_training import TrainingOptions, check_alone, plan_of
 from fedsea.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -156,8 +157,9 @@ class AttackerOptions:
     attacks: Annotated[
         str | None,
         typer.Option(
-            help="Names with commas between: nn, cosine, r1, r2, r4, r4t, r5, r6.",
-            show_default="nn,r1,r2, or r4 for a black box",
+            help="Names with commas between: nn, cosine, r1, r2, r4, r4t, r5, r6; with --training "
+            "r1, r3, r3t, r4t, r7, r8.",
+            show_default="nn,r1,r2, or r4 for a black box; with --training r3,r3t,r7,r8",
             rich_help_panel=_ATTACKER,
         ),
     ] = None
@@ -237,12 +239,20 @@ class ReportOptions:
 
 
 @flattened
-def redteam(victim: VictimOptions, attacker: AttackerOptions, report: ReportOptions) -> None:
+def redteam(
+    victim: VictimOptions,
+    attacker: AttackerOptions,
+    training: TrainingOptions,
+    report: ReportOptions,
+) -> None:
     """Attack the bytes that a client sends: how much of the text does the server read?
 
     A client and a server run in this process; attackers see the recorded messages and nothing
     else. Exit code 9: the attacks failed their own check on the channel without protection.
     """
+    if training.training:
+        _attack_training(victim, attacker, training, report)
+        return
     if victim.recording is not None:
         _show_readings(victim, attacker, victim.recording)
         return
@@ -266,6 +276,77 @@ def redteam(victim: VictimOptions, attacker: AttackerOptions, report: ReportOpti
         rows += found
     rows = distinct(rows)
     about = _about(victim, report, plans[0], time.monotonic() - began)
+    _write(rows, about, report)
+    _conclude(rows, report.check or [])
+
+
+def _attack_training(
+    victim: VictimOptions,
+    attacker: AttackerOptions,
+    training: TrainingOptions,
+    report: ReportOptions,
+) -> None:
+    """A report on fine-tuning: what crosses the cuts in it, and what is released after it.
+
+    Raises:
+        ConfigError, RequestError, ModelError: an option that cannot be used.
+    """
+    requests_only = {
+        "--recording": victim.recording is not None,
+        "--projection": victim.projection is not None,
+        "--denoiser": victim.denoiser is not None,
+        "--sweep": victim.sweep,
+        "--knowledge": attacker.knowledge is not KnowledgeLevel.BASE,
+        "--base": attacker.base is not None,
+    }
+    check_alone([name for name, is_given in requests_only.items() if is_given])
+    _check_files(report)
+    rows = _earlier(report.add or [])
+    with screen.bar("loading the models"):
+        import torch
+
+        from fedsea.demo import model_path
+        from fedsea.evaluation.training_suite import evaluate_training
+        from fedsea.redteam.report import distinct
+
+        if report.threads:
+            torch.set_num_threads(report.threads)
+        plans = [
+            plan_of(
+                training,
+                model=model,
+                bottom=bottom,
+                top=victim.top,
+                text=victim.secret,
+                public=attacker.public,
+                texts=victim.texts,
+                tokens=victim.tokens,
+                mechanisms=victim.mechanism or (),
+                attacks=attacker.attacks,
+            )
+            for model in victim.model or [model_path()]
+            for bottom in dict.fromkeys(victim.bottom if victim.bottom is not None else [1])
+        ]
+    began = time.monotonic()
+    for plan in plans:
+        cut = f"{plan.model.name}, bottom {plan.partition.bottom}, top {plan.partition.top}"
+        with screen.bar(cut) as advance:
+            found = evaluate_training(plan, _Steps(advance))
+        screen.out.print(_table(found, cut))
+        rows += found
+    rows = distinct(rows)
+    trained = len(plans[0].data.examples)
+    about = _about_run(
+        victim,
+        report,
+        (
+            f"{plans[0].attacked * plans[0].batch} of {trained} texts of {victim.tokens} tokens "
+            f"were attacked while they were trained on, in {plans[0].steps} steps of "
+            f"{plans[0].batch}; perplexity and agreement are those of held-out texts afterwards.",
+            "The gradient mechanisms see one text at a time; mu is that of one text.",
+        ),
+        time.monotonic() - began,
+    )
     _write(rows, about, report)
     _conclude(rows, report.check or [])
 
@@ -426,24 +507,29 @@ def _earlier(files: Sequence[Path]) -> list[Row]:
 
 
 def _about(victim: VictimOptions, report: ReportOptions, plan: Plan, seconds: float) -> About:
+    texts = plan.texts
+    method = (
+        f"{len(texts.secret)} texts of {victim.tokens} tokens were attacked; the first "
+        f"{len(texts.prefix)} of each are what the tokenizer puts before every text and "
+        "do not count.",
+        "The attacker could learn from other texts of the same kind.",
+        *_narrowed(plan),
+    )
+    return _about_run(victim, report, method, seconds)
+
+
+def _about_run(
+    victim: VictimOptions, report: ReportOptions, method: Sequence[str], seconds: float
+) -> About:
     from fedsea.evaluation.page import About
 
-    texts = plan.texts
     earlier = [f"Rows of {path.name}, measured before, are shown too." for path in report.add or ()]
     return About(
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         command=shlex.join(["fedsea", *sys.argv[1:]]),
         version=version("fedsea"),
         text=victim.secret.name,
-        method=(
-            f"{len(texts.secret)} texts of {victim.tokens} tokens were attacked; the first "
-            f"{len(texts.prefix)} of each are what the tokenizer puts before every text and "
-            "do not count.",
-            "The attacker could learn from other texts of the same kind.",
-            *_narrowed(plan),
-            f"It took {seconds / 60:.1f} minutes.",
-            *earlier,
-        ),
+        method=(*method, f"It took {seconds / 60:.1f} minutes.", *earlier),
     )
 
 
@@ -486,7 +572,7 @@ def _conclude(rows: Sequence[Row], checks: Sequence[Check]) -> None:
     if failed:
         for row in failed:
             screen.fail(
-                f"{verdict.cut_text(row)}: R1 recovers {row.recovery:.1%} of a channel without "
+                f"{verdict.cut_text(row)}: {row.attack.upper()} recovers {row.recovery:.1%} without "
                 f"protection and must recover {verdict.FLOOR:.0%}: this report proves nothing"
             )
         raise typer.Exit(FLOOR_FAILED)

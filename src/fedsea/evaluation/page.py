@@ -105,7 +105,8 @@ def markdown(rows: Sequence[Row], about: About) -> str:
         "## Verdicts",
         "",
         *(
-            f"* {verdict.cut_text(row)}: **the attacks failed their own check**, R1 recovers "
+            f"* {verdict.cut_text(row)}: **the attacks failed their own check**, "
+            f"{row.attack.upper()} recovers "
             f"{percent(row.recovery)} without protection"
             for row in verdict.floor(rows)
         ),

@@ -72,6 +72,17 @@ def read_texts(
     return Texts(found, known, prefix)
 
 
+def read_pieces(path: Path, encode: Encode, tokens: int) -> tuple[Ids, ...]:
+    """All texts of `tokens` tokens of a file.
+
+    Raises:
+        RequestError: the file cannot be read, or texts are too short to be attacked.
+    """
+    if tokens < LEAST_TOKENS:
+        raise RequestError(f"give 1 text of {LEAST_TOKENS} tokens at least")
+    return tuple(cut(_read(path), encode, tokens))
+
+
 def cut(text: str, encode: Encode, tokens: int) -> Iterator[Ids]:
     """Texts of `tokens` tokens; short paragraphs are joined with those that follow."""
     begun = ""

@@ -78,3 +78,27 @@ def test_a_projection_or_denoiser_that_is_none_is_refused(fedsea, text, tiny_mod
     result = fedsea("redteam", "--model", tiny_model, *given)
     assert result.exit_code == 2
     assert "stays with the client" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--attacks", "r2"], "not known for training"),
+        (["--gradients", "rot13"], "rot13"),
+        (["--gradient-noise", "0"], "above 0"),
+        (["--texts", "2000"], "to hold out as many"),
+        (["--bottom", "0", "--attacks", "r7"], "R7"),
+        (["--sweep"], "--sweep is about requests"),
+        (["--knowledge", "leaked"], "--knowledge is about requests"),
+        (["--rank", "0"], "rank"),
+    ],
+)
+def test_what_cannot_be_used_in_training_is_refused(fedsea, text, tiny_model, options, says):
+    """Each is one line that names what is wrong, and exit code 2."""
+    result = fedsea(
+        "redteam", "--training", "--model", tiny_model, "--text", text, "--tokens", 8, "--texts", 2,
+        *options,
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert "Traceback" not in result.output
