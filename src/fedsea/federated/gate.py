@@ -36,6 +36,7 @@ _HEAD_BYTES: Final = 1 << 15
 _BODY_BYTES: Final = 1 << 31
 _CHUNK: Final = 1 << 16
 _HANDSHAKE_S: Final = 10.0
+_TURNS: Final = 5
 _REQUEST: Final = re.compile(rb"POST (/v1/fleet/[a-z-]+) HTTP/1\.1")
 _HEADER: Final = re.compile(rb"([A-Za-z0-9!#$%&'*+.^_`|~-]+):[ \t]*([^\r\n]*)")
 _REFUSED: Final = b"HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
@@ -253,6 +254,8 @@ async def _listening(
 
 async def _closed(server: asyncio.Server) -> None:
     server.close()
+    for _ in range(_TURNS):  # in which what was closed is let go
+        await asyncio.sleep(0)
 
 
 def _reason(error: OSError) -> str:

@@ -7,8 +7,8 @@ is done anew begins where it began before, at both sides, and ends with the same
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from fedsea.model.optimization import AdapterOptimizer
 
 _BROKEN: Final = (TransportError, SessionLost, Draining)
 _MOST_BREAKS: Final = 8
+_T = TypeVar("_T")
 
 
 class SplitTraining:
@@ -94,22 +95,31 @@ class SplitTraining:
 
     def fit(self, settings: FitSettings) -> int:
         start = self.arrays()
-        for breaks in range(_MOST_BREAKS + 1):
-            try:
-                self._round(settings, start)
-                return self._examples
-            except _BROKEN:
-                self._is_open = False
-                if breaks == _MOST_BREAKS:
-                    raise
-                self.load(start)
-        raise AssertionError("a loop that returns or raises has ended")
+
+        def work() -> None:
+            self.load(start)
+            self._round(settings, start)
+
+        self._persistently(work)
+        return self._examples
 
     def evaluate(self) -> tuple[float, int]:
         if self._evaluation is None:
             raise ConfigError("there are no examples to evaluate on; give run.evaluation")
-        if not self._is_open:
-            self._open(self._model.steps)
+        return self._persistently(self._evaluated)
+
+    def _persistently(self, work: Callable[[], _T]) -> _T:
+        """Do something again while sessions break; a client is idle for long between rounds."""
+        for _ in range(_MOST_BREAKS):
+            try:
+                return work()
+            except _BROKEN:
+                self._is_open = False
+        return work()
+
+    def _evaluated(self) -> tuple[float, int]:
+        assert self._evaluation is not None
+        self._open(self._model.steps)
         total, tokens, examples = 0.0, 0, 0
         with torch.no_grad():
             for work in self._evaluation.epoch(0):

@@ -28,10 +28,10 @@ class Simulated:
         self.config = config
         self.clients = clients
         self.down: Callable[[int, Any], bool] = lambda node, message: False
-        self.apps = {
-            node: client_app(Requests(client), terms)
-            for node, client in enumerate(clients.values(), start=11)
+        self.asks = {
+            node: Requests(client) for node, client in enumerate(clients.values(), start=11)
         }
+        self.apps = {node: client_app(ask, terms) for node, ask in self.asks.items()}
         self.reports: list[RoundReport] = []
         self.notices: list[str] = []
 
