@@ -247,13 +247,15 @@ def _updates(rows: Sequence[Row]) -> list[str]:
 def _released(rows: Sequence[Row]) -> list[str]:
     head = ("model", "protection", "measure", "found", "95 %", "guess", "besides")
     said = {
-        "r8": lambda d: f"AUC {d['auc']:.3f} ({d['auc_low']:.3f} to {d['auc_high']:.3f})",
+        "auc": lambda d: f"{d['members']:.0f} members, {d['others']:.0f} others",
+        "r8": lambda d: f"{d['members']:.0f} members, {d['others']:.0f} others",
         "canary": lambda d: (
             f"mean exposure {d['mean_exposure']:.1f} of {d['highest_exposure']:.0f} bits"
         ),
         "audit": lambda d: f"epsilon at least {d['epsilon']:.2f}",
     }
     names = {
+        "auc": "a member scores above another text",
         "r8": "members found at 1 % false positives",
         "canary": "canaries found first",
         "audit": "coins guessed right",

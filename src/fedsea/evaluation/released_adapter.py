@@ -73,26 +73,31 @@ class ReleasedAdapter:
 
     def findings(self, tuned: LanguageModel, exposed: str) -> list[Finding]:
         """Attack the model with a released adapter; `exposed` says which one."""
-        found = [self._membership(tuned, exposed)]
+        found = self._membership(tuned, exposed)
         if len(self._is_in):
             found += self._canaries(tuned, exposed)
         return found
 
-    def _membership(self, tuned: LanguageModel, exposed: str) -> Finding:
+    def _membership(self, tuned: LanguageModel, exposed: str) -> list[Finding]:
         found = membership(self._gain(tuned, _EXAMPLES), self._gain(tuned, _OTHERS))
-        ends = found.found_interval
-        return Finding(
-            attack="r8",
-            exposed=exposed,
-            rate=Rate(found.found, ends.low, ends.high, found.members),
-            prior=FALSE_POSITIVES,
-            details={
-                "auc": found.auc,
-                "auc_low": found.auc_interval.low,
-                "auc_high": found.auc_interval.high,
-                "others": float(found.others),
-            },
-        )
+        details = {"members": float(found.members), "others": float(found.others)}
+        area, at_threshold = found.auc_interval, found.found_interval
+        return [
+            Finding(
+                attack="auc",
+                exposed=exposed,
+                rate=Rate(found.auc, area.low, area.high, found.members),
+                prior=0.5,
+                details=details,
+            ),
+            Finding(
+                attack="r8",
+                exposed=exposed,
+                rate=Rate(found.found, at_threshold.low, at_threshold.high, found.members),
+                prior=FALSE_POSITIVES,
+                details=details,
+            ),
+        ]
 
     def _canaries(self, tuned: LanguageModel, exposed: str) -> list[Finding]:
         secrets, gains = self._gain(tuned, _SECRETS), self._gain(tuned, _CANARIES)

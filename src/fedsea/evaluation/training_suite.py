@@ -271,7 +271,8 @@ class _Suite:
         if plan.steps > plan.attacked:
             last, exposed = slice(plan.steps - 1, plan.steps), f"gradients of step {plan.steps}"
             for is_leaked in (False, True):
-                found = self._gradients(attacks[-1], run, exposed, last, is_leaked=is_leaked)
+                seen = f"{exposed}, top leaked" if is_leaked else exposed
+                found = self._gradients(attacks[-1], run, seen, last, is_leaked=is_leaked)
                 rows.append(self._row(found, run, Level.LEAKED if is_leaked else Level.BASE))
         return rows
 

@@ -34,6 +34,7 @@ TITLES: Mapping[str, str] = {
     "r5": "reading the answer with a public top",
     "r6": "breaking a secret rotation",
     "r7": "tokens from an update, by its span",
+    "auc": "a trained text scores above another one (area under the curve)",
     "r8": "membership in the training data, 1 % false positives",
     "canary": "canaries whose secret is found first",
     "audit": "coins of canaries guessed right",

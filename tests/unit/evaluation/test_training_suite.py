@@ -145,9 +145,9 @@ def test_an_overtrained_adapter_gives_its_members_away(plan):
     )
     by_name = {row.attack: row for row in rows}
 
-    assert list(by_name) == ["r8", "canary", "audit"]
+    assert list(by_name) == ["auc", "r8", "canary", "audit"]
     assert by_name["r8"].recovery > 0.8
-    assert by_name["r8"].details["auc"] > 0.9
+    assert by_name["auc"].recovery > 0.9
     assert by_name["r8"].prior == 0.01
     assert by_name["canary"].details["mean_exposure"] > 4
     assert by_name["audit"].recovery > 0.8
