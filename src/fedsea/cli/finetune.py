@@ -84,6 +84,22 @@ class FinetuneOptions:
             rich_help_panel=_DATA,
         ),
     ] = None
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="DATA is a file of this task, whose template, LoRA sizes and learning rate hold.",
+            show_default=False,
+            rich_help_panel=_DATA,
+        ),
+    ] = None
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            help="With --task: most records of each file.",
+            show_default="all",
+            rich_help_panel=_DATA,
+        ),
+    ] = None
     bottom: Annotated[
         int | None,
         typer.Option(
@@ -167,7 +183,7 @@ class FinetuneOptions:
 
 _SECTIONS = {
     **dict.fromkeys(("out", "name", "evaluation", "evaluation_share", "tensorboard"), "run"),
-    **dict.fromkeys(("loss_on", "max_tokens"), "data"),
+    **dict.fromkeys(("loss_on", "max_tokens", "task", "limit"), "data"),
     **dict.fromkeys(("bottom", "top", "dtype", "device"), "parts"),
     "rank": "lora",
 }
@@ -181,7 +197,8 @@ def finetune(
     data: Annotated[
         Path | None,
         typer.Argument(
-            help="File of examples: JSON lines of prompt and completion or of messages, or text.",
+            help="File of examples: JSON lines of prompt and completion or of messages, or text; with "
+            "--task a file of that task.",
             show_default=False,
         ),
     ] = None,
