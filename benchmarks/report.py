@@ -25,7 +25,7 @@ from benchmarks.measure import Row, Verdict
 KEYS = (
     "decode_512x8", "decode_1024x12", "int8_1024x12", "clients4", "clients16", "trunk16",
     "trunk16_bf16", "ttft_512x8", "split_ms", "naive_speedup", "prefill_stall",
-    "mechanism_1024x12",
+    "mechanism_1024x12", "training_step_1024x12",
 )  # fmt: skip
 _PACKAGES = ("fedsea", "torch", "transformers", "grpcio", "protobuf", "tokenizers")
 _VARIABLES = ("GOMP_SPINCOUNT", "OMP_NUM_THREADS")

@@ -23,6 +23,7 @@ from benchmarks.cases import (
     network,
     protection,
     quality,
+    training,
     trunk,
 )
 from benchmarks.measure import Row
@@ -44,6 +45,7 @@ CASES: dict[str, Case] = {
     "naive": naive.rows,
     "traffic": naive.traffic_rows,
     "protection": protection.rows,
+    "training": training.rows,
 }
 FULL_ONLY: dict[str, Case] = {
     "quality": quality.rows,
