@@ -8,12 +8,13 @@ A test compares the page with what this script would write.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from enum import StrEnum
 from pathlib import Path
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
 from fedsea.federated.config import AggregatorConfig
@@ -53,7 +54,7 @@ FEDERATION = """\
 
 `fedsea federate run` reads the sections `federation`, `strategy`, `secure`, `privacy` and
 `aggregator`. `fedsea federate client` reads `client`, `secure` and `privacy`, and the sections of
-[`fedsea finetune`](cli.md#fedsea-finetune): `run`, `parts`, `lora`, `data` and `training`, where
+[`fedsea finetune`](finetuning.md): `run`, `parts`, `lora`, `data` and `training`, where
 `training.steps` or `training.epochs` says how long a round is. `fedsea federate simulate` reads one
 file of the first kind, without `aggregator`, and one of the second for each client.
 See [how to federate](../how-to/federate.md).
@@ -92,6 +93,11 @@ _OWNERS: dict[type[Any], type[Any]] = {
 }
 _NAMED: dict[type[Any], str] = {AdaptersSection: "adapter", PromptsSection: "soft prompt"}
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "text", Path: "path"}
+_LISTS: dict[Any, str] = {
+    tuple[Path, ...]: "list of paths",
+    tuple[str, ...]: "list of texts",
+    tuple[int, ...]: "list of integers",
+}
 _ATTRIBUTE = re.compile(r"^    (\w+): (.+(?:\n        .+)*)", re.MULTILINE)
 
 
@@ -102,14 +108,15 @@ def page() -> str:
     return "\n".join(
         [
             HEAD,
-            *(_section(name, kind) for name, kind in sections.items()),
+            *(section_text(name, kind) for name, kind in sections.items()),
             FEDERATION,
-            *(_section(name, kind) for name, kind in federation.items()),
+            *(section_text(name, kind) for name, kind in federation.items()),
         ]
     )
 
 
-def _section(name: str, section: type[Any]) -> str:
+def section_text(name: str, section: type[Any]) -> str:
+    """One section with a table of its keys."""
     owner = _OWNERS.get(section, section)
     lines = [f"## {name}", "", _summary(owner), ""]
     if section in _NAMED:
@@ -157,12 +164,12 @@ def _for_toml(text: str) -> str:
 def _value(hint: Any) -> str:
     if hint == Mapping[str, GroupSection]:
         return "sections"
-    if hint == tuple[Path, ...]:
-        return "list of paths"
-    if hint == tuple[str, ...]:
-        return "list of texts"
-    kinds = [kind for kind in get_args(hint) if kind is not NoneType] or [hint]
-    return "text" if issubclass(kinds[0], StrEnum) else _TYPES[kinds[0]]
+    kind = hint
+    if isinstance(hint, UnionType):
+        kind = next(each for each in get_args(hint) if each is not NoneType)
+    if kind in _LISTS:
+        return _LISTS[kind]
+    return "text" if issubclass(kind, StrEnum) else _TYPES[kind]
 
 
 def _default(entry: Field[Any]) -> str:
@@ -174,8 +181,8 @@ def _default(entry: Field[Any]) -> str:
         return "unset"
     if isinstance(entry.default, bool):
         return f"`{str(entry.default).lower()}`"
-    if entry.default == ():
-        return "`[]`"
+    if isinstance(entry.default, tuple):
+        return f"`{json.dumps(entry.default)}`"
     return f'`"{entry.default}"`' if isinstance(entry.default, str) else f"`{entry.default}`"
 
 

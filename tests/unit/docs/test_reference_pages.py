@@ -5,14 +5,16 @@ from __future__ import annotations
 from types import ModuleType
 
 import pytest
-from scripts import api_reference, configuration_reference
+from scripts import api_reference, configuration_reference, finetuning_reference
 
 import fedsea
 from fedsea.server.config import ServerConfig
 
 
 @pytest.mark.parametrize(
-    "script", [api_reference, configuration_reference], ids=lambda script: script.PAGE.stem
+    "script",
+    [api_reference, configuration_reference, finetuning_reference],
+    ids=lambda script: script.PAGE.stem,
 )
 def test_the_page_is_up_to_date(script: ModuleType) -> None:
     """The page is what its script would write; run `python scripts/NAME.py` when it is not."""
