@@ -65,7 +65,7 @@ def test_macro_f1_without_predictions() -> None:
 @given(pairs=st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("abc")), min_size=1))
 def test_macro_f1_is_that_of_scikit_learn(pairs: list[tuple[str, str]]) -> None:
     """The same number as f1_score(average="macro"), where that library is installed."""
-    sklearn = pytest.importorskip("sklearn.metrics")
+    sklearn = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
     records = [Record("p", "c", THREE, gold=(right,)) for _, right in pairs]
 
     ours = metrics.accuracy_and_macro_f1([found for found, _ in pairs], records)
