@@ -167,6 +167,77 @@ def learned() -> str:
     return _table(head, *rows)
 
 
+def training_gradients() -> str:
+    """Labels out of returned gradients, by what protects and by the blocks of the top."""
+    rows = [
+        (row.model, str(row.top), _what(row), f"`{row.parameters}`", f"{row.noise:.1f}",
+         percent(row.prior), percent(row.recovery), _ends(row), percent(row.utility.agreement))
+        for row in _training()
+        if row.attack == "r3t" and "step" not in row.exposed
+    ]  # fmt: skip
+    head = ("model", "top", "loss on", "what protects", "noise / gradients", "a guess", "r3t")
+    return _table((*head, "95 %", "agreement"), *rows)
+
+
+def training_updates() -> str:
+    """Tokens out of updates of the bottom's adapter."""
+    rows = [
+        (row.model, row.exposed.removesuffix(" of TinyStories"), f"{row.details['tokens']:.0f}",
+         percent(row.prior), percent(row.recovery), _ends(row), percent(row.details["in_order"]))
+        for row in _training()
+        if row.attack == "r7"
+    ]  # fmt: skip
+    head = ("model", "what is handed over", "tokens", "a guess", "r7", "95 %", "text in order")
+    return _table(head, *rows)
+
+
+def training_released() -> str:
+    """Members and canaries of a released adapter."""
+    rows = [
+        (row.model, f"`{row.parameters}`", TITLES[row.attack], percent(row.prior),
+         percent(row.recovery), _ends(row), _beside(row))
+        for row in _training()
+        if row.attack in ("auc", "r8", "canary", "audit")
+    ]  # fmt: skip
+    head = ("model", "what protects", "attack", "a guess", "measured", "95 %", "")
+    return _table(head, *rows)
+
+
+def training_decoder() -> str:
+    """The decoder of a malicious client, with the overlap of words that papers report."""
+    rows = [
+        (row.model, str(row.bottom), f"`{row.parameters}`", f"{row.noise:.2f}", row.attack,
+         percent(row.recovery), _ends(row),
+         *(f"{row.details[name] * 100:.0f}" for name in ("rougeL", "bleu")),
+         *(f"{row.details[f'guess_{name}'] * 100:.0f}" for name in ("rougeL", "bleu")))
+        for row in _training()
+        if row.attack in ("r1", "r4t")
+    ]  # fmt: skip
+    head = ("model", "bottom", "what protects", "noise / rows", "attack", "recovered", "95 %")
+    overlap = ("ROUGE-L", "BLEU-4", "ROUGE-L of a guess", "BLEU-4 of a guess")
+    return _table((*head, *overlap), *rows)
+
+
+def _training() -> list[Row]:
+    return parse(_newest("*-redteam-training.json").read_text(encoding="utf-8"))
+
+
+def _what(row: Row) -> str:
+    return "answers" if row.exposed.endswith("answers") else "text"
+
+
+def _ends(row: Row) -> str:
+    return f"{row.low * 100:.0f} to {row.high * 100:.0f} %"
+
+
+def _beside(row: Row) -> str:
+    if row.attack == "canary":
+        return f"mean exposure {row.details['mean_exposure']:.1f} bits"
+    if row.attack == "audit":
+        return f"epsilon at least {row.details['epsilon']:.2f}"
+    return f"{row.details['members']:.0f} members"
+
+
 def narrowed() -> str:
     """Attacks on DEL's counts, with rows as they are and behind projections."""
     rows = []
@@ -243,6 +314,10 @@ TABLES: Final[dict[str, Callable[[], str]]] = {
     "clean-channel": clean_channel,
     "sweep": sweep,
     "learned": learned,
+    "training-gradients": training_gradients,
+    "training-updates": training_updates,
+    "training-released": training_released,
+    "training-decoder": training_decoder,
     "narrowed": narrowed,
     "projection": projection,
     "denoiser": denoiser,
