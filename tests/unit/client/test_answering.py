@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fedsea.client.answering import (
     AnswerOptions,
     ByLLM,
     ByLogits,
+    GivesLogits,
     Method,
     Question,
     Score,
@@ -22,6 +24,14 @@ from fedsea.client.answering import (
 )
 from fedsea.errors import ConfigError, DataError, RequestError
 from fedsea.tasks.records import Choice, Record
+
+if TYPE_CHECKING:
+    from fedsea.client.training import SplitForTraining
+
+    def _in_training(model: SplitForTraining) -> GivesLogits:
+        """A model in training can be asked: the type checker says so."""
+        return model
+
 
 TOKENIZER = character_tokenizer()
 EOS = 2
