@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -162,16 +162,35 @@ def training_bar(description: str) -> Iterator[Callable[[int, int, float], None]
 
 
 class StatusBar:
-    """A bar with figures beside it; it shows from the first call of `show` until it is closed."""
+    """A bar with figures beside it, as many as fit; it shows from the first `show` until closed."""
+
+    _WIDTH = 12
+    _AROUND = 36  # everything but the figures
 
     def __init__(self, description: str) -> None:
-        self._progress = _progress(TextColumn("{task.fields[status]}"))
-        self._task = self._progress.add_task(description, total=None, status="")
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=self._WIDTH),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=err,
+            transient=True,
+            disable=not err.is_terminal,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._task = self._progress.add_task(description, total=None, figures="")
 
-    def show(self, done: int, total: int, status: str) -> None:
-        """Take what is done, what there is in all, and the figures."""
+    def show(self, done: int, total: int, figures: Sequence[str]) -> None:
+        """Take what is done, what there is in all, and figures, the most important first."""
         self._progress.start()
-        self._progress.update(self._task, completed=done, total=total, status=status)
+        fitting, room = 0, err.width - self._AROUND
+        for number in range(1, len(figures) + 1):
+            if len(", ".join(figures[:number])) <= room:
+                fitting = number
+        shown = ", ".join(figures[:fitting])
+        self._progress.update(self._task, completed=done, total=total, figures=shown)
 
     def close(self) -> None:
         """Remove the bar; safe to repeat."""

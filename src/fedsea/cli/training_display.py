@@ -35,20 +35,17 @@ class TrainingDisplay(Callback):
 
     def on_start(self, step: int, steps: int) -> None:
         if step < steps:
-            self._bar.show(step, steps, "")
+            self._bar.show(step, steps, ())
 
     def on_step(self, report: StepReport) -> None:
         if report.step == 1:
             self.first_loss = report.loss
-        figures = [
-            f"loss {report.loss:.4f}{self._evaluation}",
-            f"{report.tokens_per_second:.0f} tokens/s",
-            f"{screen.bytes_text(report.bytes_up)} up",
-            f"{screen.bytes_text(report.bytes_down)} down",
-        ]
+        figures = [f"loss {report.loss:.4f}{self._evaluation}"]
         if report.step < report.steps:
             figures.append(f"{screen.duration_text(report.eta_s)} left")
-        self._bar.show(report.step, report.steps, ", ".join(figures))
+        up, down = screen.bytes_text(report.bytes_up), screen.bytes_text(report.bytes_down)
+        figures += [f"{report.tokens_per_second:.0f} tokens/s", f"{up} up, {down} down"]
+        self._bar.show(report.step, report.steps, figures)
         if not screen.err.is_terminal and self._is_line_due(report):
             screen.detail(f"step {report.step} of {report.steps}: {', '.join(figures)}")
 

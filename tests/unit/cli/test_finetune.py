@@ -188,7 +188,7 @@ def test_lines_without_a_terminal(capsys, monkeypatch):
             display.on_step(report(step, 1000))
         display.on_evaluation(1000, 2.25)
     assert lines[0] == (
-        "step 1 of 1000: loss 1.5000, 321 tokens/s, 1.0 MB up, 1.0 kB down, 1:15 min left"
+        "step 1 of 1000: loss 1.5000, 1:15 min left, 321 tokens/s, 1.0 MB up, 1.0 kB down"
     )
     assert lines[-2].startswith("step 1000 of 1000")
     assert "left" not in lines[-2]
