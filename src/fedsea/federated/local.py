@@ -27,6 +27,7 @@ from fedsea.privacy.ledger import Account
 from fedsea.privacy.noise import NoiseSource
 
 _PERSONAL: Final = "personal.safetensors"
+_KEPT: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +146,7 @@ class LocalClient:
         self._protection = protection
         self._noise = NoiseSource()
         self._folder = folder
-        self._steps = None if folder is None else Steps(folder / "rounds", keep=2)
+        self._steps = None if folder is None else Steps(folder / "rounds", keep=_KEPT)
         self._personal: dict[int, Arrays] = {}
         self._last: _Release | None = None
         everything = training.arrays()
@@ -249,24 +250,28 @@ class LocalClient:
         return name in self._policy.frozen and not self._is_personal(name)
 
     def _enter(self, finished: int) -> None:
-        """Bring the personal parts to where they were after a round."""
-        if self._personal_names() and finished > 0:
-            if finished not in self._personal:
-                self._personal[finished] = self._read(finished)
-            self._training.load(self._personal[finished])
-        elif self._personal_names() and 0 in self._personal:
-            self._training.load(self._personal[0])
-        elif self._personal_names():
+        """Bring the personal parts to where they were after a round, or the last one before it.
+
+        A client that missed rounds goes on with what it had.
+        """
+        if not self._personal_names():
+            return
+        if not self._personal:
             everything = self._training.arrays()
             self._personal[0] = {name: everything[name] for name in self._personal_names()}
+        saved = set() if self._steps is None else set(self._steps.steps())
+        known = max(number for number in saved | self._personal.keys() if number <= finished)
+        if known not in self._personal:
+            self._personal[known] = self._read(known)
+        self._training.load(self._personal[known])
 
     def _leave(self, finished: int, trained: Arrays) -> None:
         if not self._personal_names():
             return
         mine = {name: trained[name] for name in self._personal_names()}
-        self._personal = {
-            number: kept for number, kept in self._personal.items() if number in (0, finished - 1)
-        }
+        earlier = sorted(number for number in self._personal if number < finished)
+        kept = {0, *earlier[-_KEPT:]} & set(earlier)
+        self._personal = {number: self._personal[number] for number in kept}
         self._personal[finished] = mine
         if self._steps is not None:
             self._steps.save(finished, lambda folder: _write(folder / _PERSONAL, mine))

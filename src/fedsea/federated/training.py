@@ -1,8 +1,10 @@
 """Local training of a federation on a split model: rows go to the trunk's server as ever.
 
-A round is a fixed number of optimizer steps from the global arrays, with a fresh optimizer. Round r
-has the steps (r - 1) n + 1 to r n of the trunk, which the server saves at its end; so a round that
-is done anew begins where it began before, at both sides, and ends with the same bits.
+A round is a fixed number n of optimizer steps from the global arrays, with a fresh optimizer. Data
+and dropout depend on its number alone, so a round that is done anew ends with the same bits.
+
+Where nothing is trained in the trunk, every round has the trunk's steps 1 to n. Otherwise rounds
+follow each other there, and the server saves its part at the end of each.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from fedsea.errors import ConfigError, Draining, NotFinite, SessionLost, Transpo
 from fedsea.federated.arrays import Arrays
 from fedsea.federated.local import FitSettings
 from fedsea.model.adapters import description, tensor_names
-from fedsea.model.optimization import AdapterOptimizer
+from fedsea.model.optimization import AdapterOptimizer, part_seed
 
 _BROKEN: Final = (TransportError, SessionLost, Draining)
 _MOST_BREAKS: Final = 8
+_MOST_OFFERED: Final = 64
 _T = TypeVar("_T")
 
 
@@ -64,6 +67,7 @@ class SplitTraining:
         self._evaluation = _batches(evaluation, config) if evaluation else None
         self._steps = config.steps or self._batches.steps(config.epochs)
         self._description = description(model.lora, model.checkpoint.name)
+        self._trains_trunk = model.calls.trunk.plan.trains_trunk
         self._is_open = True
 
     @property
@@ -119,7 +123,7 @@ class SplitTraining:
 
     def _evaluated(self) -> tuple[float, int]:
         assert self._evaluation is not None
-        self._open(self._model.steps)
+        self._opened([self._model.steps])
         total, tokens, examples = 0.0, 0, 0
         with torch.no_grad():
             for work in self._evaluation.epoch(0):
@@ -130,24 +134,41 @@ class SplitTraining:
         return total / tokens, examples
 
     def _round(self, settings: FitSettings, start: Arrays) -> None:
-        first = (settings.round - 1) * self._steps
-        self._open(first)
+        base = self._begun(settings.round)
         optimizer = AdapterOptimizer(self._split.trained(), self._config.optimizer)
-        coming = self._batches.from_step(first)
+        coming = self._batches.from_step((settings.round - 1) * self._steps)
         for step in range(1, self._steps + 1):
             rate, clip = self._config.rate(step, self._steps), self._config.clip
-            self._gradients(first + step, next(coming))
+            self._gradients(base + step, next(coming))
             if settings.proximal:
                 self._pull(start, settings.proximal)
             optimizer.gradient_norm()
-            if not self._split.trunk.step(first + step, rate, clip, 1.0).applied:
+            if not self._split.trunk.step(base + step, rate, clip, 1.0).applied:
                 raise NotFinite(
                     f"a gradient of the trunk in round {settings.round} is NaN or infinite; "
                     "lower the learning rate"
                 )
             optimizer.apply(rate, clip)
             self._split.changed()
-        self._split.trunk.save(first + self._steps)
+        if self._trains_trunk:
+            self._split.trunk.save(base + self._steps)
+
+    def _begun(self, number: int) -> int:
+        """Have the trunk where a round begins; the number of steps that it has taken."""
+        self._model.seed = part_seed(self._config.seed, f"round {number}")
+        if not self._trains_trunk:
+            return self._opened([0])
+        # A client that missed rounds goes on from the last one that it did not miss.
+        offers = range(max(0, number - _MOST_OFFERED), number)
+        return self._opened([round_ * self._steps for round_ in offers])
+
+    def _opened(self, steps: Sequence[int]) -> int:
+        """Have the trunk at the highest of these steps, of whose successor nothing is done."""
+        if not self._is_open or self._model.steps != steps[-1]:
+            self._model.reopen(steps)
+            self._is_open = True
+        self._split.trunk.reset()
+        return self._model.steps
 
     def _gradients(self, number: int, work: StepBatches) -> None:
         """Gradients of the mean loss over the answer tokens of a step."""
@@ -172,13 +193,6 @@ class SplitTraining:
         logits = self._split.logits(batch).float()
         targets = [target for example in batch for target in example.targets]
         return cross_entropy(logits, torch.tensor(targets, device=logits.device), reduction="sum")
-
-    def _open(self, step: int) -> None:
-        """Have the trunk at a step, of whose successor nothing is done."""
-        if not self._is_open or self._model.steps != step:
-            self._model.reopen([step])
-            self._is_open = True
-        self._split.trunk.reset()
 
     def _factors(self) -> dict[str, torch.nn.Parameter]:
         return {

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -224,6 +225,24 @@ def test_personal_parts_stay_at_home(simulate, tmp_path):
     again = simulate(TWO, policy, federation={"rounds": 3})
     again.run()
     assert again.clients["acme"]._training.arrays()[TOP_B].mean() == 0.875
+
+
+def test_a_client_that_missed_a_round_goes_on_with_its_own(simulate):
+    """Personal parts are those of the last round that the client was in."""
+    federation = simulate(TWO, Policy(personal=frozenset({TOP_B})), federation={"rounds": 3})
+    federation.down = lambda node, message: (
+        node == 11
+        and message.metadata.message_type == "train"
+        and (message.metadata.group_id == "2")
+    )
+    federation.config = replace(
+        federation.config, federation=replace(federation.config.federation, least=1)
+    )
+
+    federation.run()
+
+    tops = [client._training.arrays()[TOP_B].mean() for client in federation.clients.values()]
+    assert tops == [0.75, 3.5]
 
 
 def test_a_client_that_lost_its_personal_parts_says_so(simulate, tmp_path):
