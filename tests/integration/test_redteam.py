@@ -75,6 +75,27 @@ def test_a_report_in_all_its_forms(tmp_path):
     assert "**plain**" in md.read_text(encoding="utf-8")
 
 
+def test_a_report_on_training(tmp_path):
+    """Gradients of a run of two steps: read without protection and with noise on rows alone."""
+    json_file, html = tmp_path / "report.json", tmp_path / "report.html"
+    text = tmp_path / "many.txt"
+    text.write_text("\n\n".join([NOTES] * 3), encoding="utf-8")
+    options = ("--attacks", "r3,r3t", "--mechanism", "fedsea:scale=0.1", "--steps", "1")
+    result = run(
+        tmp_path, "--training", "--text", str(text), *options, "--canaries", "0",
+        "--json", str(json_file), "--html", str(html), "--check", "mechanisms",
+    )  # fmt: skip
+    assert result.exit_code == redteam.NOT_PROTECTIVE, result.output
+    rows = parse(json_file.read_text(encoding="utf-8"))
+    assert [(row.mechanism, row.attack) for row in rows] == [
+        ("plain", "prior"), ("plain", "r3"), ("plain", "r3t"),
+        ("rows fedsea", "r3"), ("rows fedsea", "r3t"),
+    ]  # fmt: skip
+    assert rows[-1].recovery == rows[2].recovery > 0.99
+    assert rows[2].by_class
+    assert "labels from a returned gradient" in html.read_text(encoding="utf-8")
+
+
 def test_a_check_fails_the_command(tmp_path):
     """A CI that asks for it gets code 10 when a mechanism does not protect; else 0."""
     options = ("--attacks", "r1", "--mechanism", "fedsea:scale=0.02")

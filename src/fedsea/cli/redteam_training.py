@@ -98,7 +98,7 @@ def plan_of(
     """
     from fedsea.client.examples import Example
     from fedsea.client.llm import load_tokenizer
-    from fedsea.evaluation.texts import read_pieces
+    from fedsea.evaluation.texts import Texts, read_pieces, with_kinds
     from fedsea.evaluation.training_suite import TrainingData, TrainingPlan
     from fedsea.evaluation.training_victim import Guarded
     from fedsea.model.checkpoint import Checkpoint
@@ -139,14 +139,17 @@ def plan_of(
     if attacks is None:
         names = [name for name in _DEFAULT_ATTACKS if bottom or name != "r7"]
     batch = min(options.batch, texts)
+    trained = with_kinds(Texts(private[:half], known, ()), tokenizer.convert_ids_to_tokens)
     return TrainingPlan(
         model=model,
         partition=partition,
         data=TrainingData(
-            tuple(Example.of(ids) for ids in private[:half]),
+            tuple(Example.of(ids) for ids in trained.secret),
             private[half : 2 * half],
             known,
             tuple(encode("")),
+            # Nothing predicts the first token.
+            tuple(kinds[1:] for kinds in trained.kinds),
         ),
         guards=tuple(guards),
         gradient_noise=tuple(options.gradient_noise or (() if given else (1.0, 4.0))),
