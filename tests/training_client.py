@@ -35,17 +35,25 @@ LORA = Lora(rank=2, alpha=4.0, targets=("q_proj", "down_proj"))
 class TrainingClient:
     """One training session; `step` is the number of steps that were done when it opened."""
 
-    def __init__(self, stream, opening, limits=DEFAULT_LIMITS):
+    def __init__(self, stream, opening, hidden=HIDDEN):
         self.stream = stream
         self.opening = opening
-        self.connection = Connection(Role.CLIENT, limits, hidden_size=HIDDEN)
+        self.hidden = hidden
+        self.connection = Connection(Role.CLIENT, DEFAULT_LIMITS, hidden_size=hidden)
         self.step = 0
         self.notices = []
         self._next_id = 0
 
     @classmethod
-    async def open(cls, service, fingerprint, tenant="local", channel=None, **options):
-        """Open a session and wait for the server's answer."""
+    async def open(cls, service, fingerprint, tenant="local", **options):
+        """Open a session at a service of this process and wait for its answer."""
+        return await cls.over(
+            MemoryChannel(service, Peer(tenant, "memory")), fingerprint, **options
+        )
+
+    @classmethod
+    async def over(cls, channel, fingerprint, hidden=HIDDEN, **options):
+        """Open a session over a channel and wait for the server's answer."""
         options = {
             "first_block": 1,
             "end_block": BLOCKS,
@@ -57,8 +65,7 @@ class TrainingClient:
             "seed": 7,
             **options,
         }
-        channel = channel or MemoryChannel(service, Peer(tenant, "memory"))
-        client = cls(await channel.open_stream(), OpenTraining(fingerprint, **options))
+        client = cls(await channel.open_stream(), OpenTraining(fingerprint, **options), hidden)
         await client.send(client.opening)
         opened = await client.receive()
         assert isinstance(opened, Opened)
@@ -81,7 +88,7 @@ class TrainingClient:
     async def push(self, rows, counts=None, *, no_grad=False):
         """Send rows without waiting; the id of the Forward."""
         self._next_id += 1
-        data = self.opening.up_format(HIDDEN).encode(rows)
+        data = self.opening.up_format(self.hidden).encode(rows)
         await self.send(Forward(self._next_id, counts or (len(rows),), data, no_grad))
         return self._next_id
 
@@ -89,7 +96,7 @@ class TrainingClient:
         """The rows of the next Activations."""
         event = await self.receive()
         assert isinstance(event, Activations)
-        down = self.opening.down_format(HIDDEN)
+        down = self.opening.down_format(self.hidden)
         return down.decode(event.rows, len(event.rows) // down.row_bytes)
 
     async def forward(self, rows, counts=None, *, no_grad=False):
@@ -99,7 +106,9 @@ class TrainingClient:
 
     async def send_back(self, number, gradient):
         """Send the gradient of a Forward without waiting."""
-        await self.send(Backward(number, self.opening.backward_format(HIDDEN).encode(gradient)))
+        await self.send(
+            Backward(number, self.opening.backward_format(self.hidden).encode(gradient))
+        )
 
     async def backward(self, number, gradient):
         """Send the gradient of a Forward; that of its rows."""
@@ -110,7 +119,7 @@ class TrainingClient:
         """The rows of the next Gradients."""
         event = await self.receive()
         assert isinstance(event, Gradients)
-        back = self.opening.gradients_format(HIDDEN)
+        back = self.opening.gradients_format(self.hidden)
         return back.decode(event.rows, len(event.rows) // back.row_bytes)
 
     async def take_step(self, number, learning_rate=0.1, max_grad_norm=0.0, scale=1.0):
@@ -151,6 +160,6 @@ class TrainingClient:
         await self.stream.cancel()
 
 
-def some_rows(count, seed=0):
+def some_rows(count, seed=0, hidden=HIDDEN):
     """Rows that are the same for the same seed."""
-    return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(count, hidden, generator=torch.Generator().manual_seed(seed))

@@ -253,7 +253,9 @@ class BatchRun:
 
     def _launch(self) -> None:
         self._is_launching = False
-        arrivals, self._arrivals = self._arrivals, []
+        # Sums of floats depend on their order: the same Forwards give the same bits.
+        arrivals = sorted(self._arrivals, key=lambda each: (each.member.tenant, each.event.id))
+        self._arrivals = []
         again = [each for each in arrivals if each.member.tenant in self._again]
         for group, counts in (([a for a in arrivals if a not in again], True), (again, False)):
             if group:
