@@ -249,8 +249,6 @@ class _Suite:
             found += self._released.findings(tuned, f"adapter after {plan.steps} steps")
         return [*rows, *(self._row(finding, run) for finding in found)]
 
-    # -- gradients --------------------------------------------------------------------------------
-
     def _gradient_rows(self, run: _Run) -> list[Row]:
         """R3 on the first steps; of the clean run on the last step too, with its top leaked or not."""
         plan = self._plan
@@ -339,8 +337,6 @@ class _Suite:
             found.append(TextGuess(tuple(expected.argmax(dim=1).tolist())))
         return found
 
-    # -- rows that go up --------------------------------------------------------------------------
-
     def _text(self, name: str, run: _Run) -> Finding:
         """A decoder, or the prefix search, on the rows of the attacked steps."""
         plan = self._plan
@@ -390,8 +386,6 @@ class _Suite:
         found = [decode(ids[first:]) for ids in texts]
         truth = [[decode(example.inputs[first:])] for example in examples]
         return {**rouge(found, truth), **bleu(found, truth)}
-
-    # -- what is released -------------------------------------------------------------------------
 
     def _updates(self) -> list[Finding]:
         """R7 by rank and batch, of the first step and of a later one."""
@@ -447,8 +441,6 @@ class _Suite:
             batches.append(rest[:size])
             rest = rest[size:]
         return batches
-
-    # -- rows of the report -----------------------------------------------------------------------
 
     def _row(self, found: Finding, run: _Run, level: Level = Level.BASE) -> Row:
         plan, guarded = self._plan, run.guarded
