@@ -15,7 +15,7 @@ Shapes: T rows of all examples of a batch one after the other, K of them with lo
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -356,7 +356,7 @@ class SplitForTraining(nn.Module):
             codec: how rows travel: "fp32", "bf16", "fp16", "int8", or "auto" for the dtype's.
             gradient_codec: how gradients travel, likewise.
             patience: how long to wait.
-            on_notice: called with one line when another state of a server is accepted.
+            on_notice: called with one line when a server is about to stop, or proves another state.
             guard: through which rows and gradients leave; its formats take the place of codecs.
             projection: makes rows narrow in front of the guard; the server holds its other half.
             verifier: decides whether a server may get anything; None asks for no proof.
@@ -403,7 +403,10 @@ class SplitForTraining(nn.Module):
         bottom = load_bottom(checkpoint, chosen.bottom_span(), placement)
         background = Background("fedsea-training")
         calls = TrunkCalls(
-            TrainingTrunk(endpoints, plan, patience or Patience()), background, guard, placement
+            TrainingTrunk(endpoints, plan, patience or Patience(), tell),
+            background,
+            guard,
+            placement,
         )
         try:
             made = cls(
@@ -616,6 +619,21 @@ class SplitForTraining(nn.Module):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *_: Any, **__: Any) -> Self:
+        """Accept `to`, `cuda`, `half` and the like only where they change nothing.
+
+        Raises:
+            ConfigError: the factors would leave fp32, or the device of the frozen weights.
+        """
+        probe = torch.zeros(1, device=self.placement.device)
+        moved = fn(probe)
+        if (moved.dtype, moved.device) != (probe.dtype, probe.device):
+            raise ConfigError(
+                f"a split model in training stays on {self.placement.device} with fp32 factors; "
+                "choose dtype and device when you connect"
+            )
+        return self
 
     def _checked(self, examples: Sequence[Tensor]) -> Tensor:
         """The ids of all examples (T,), where the embedding can read them."""

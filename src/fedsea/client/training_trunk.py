@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from fedsea.client.remote import Patience, Traffic
+from fedsea.client.remote import Patience, Tell, Traffic
 from fedsea.client.servers import Endpoint, Expectation, common_limits, first_that_takes
 from fedsea.errors import (
     CheckpointError,
@@ -45,6 +45,7 @@ from fedsea.wire.messages import (
     Forward,
     Gradients,
     Lora,
+    Notice,
     Opened,
     OpenTraining,
     Reset,
@@ -129,6 +130,7 @@ class TrainingTrunk:
         endpoints: servers in order of preference.
         plan: what to ask for.
         patience: how long to wait.
+        tell: called with one line when a server is about to stop.
     """
 
     def __init__(
@@ -136,12 +138,14 @@ class TrainingTrunk:
         endpoints: Sequence[Endpoint],
         plan: TrainingPlan,
         patience: Patience,
+        tell: Tell,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self.plan = plan
         self.traffic = Traffic()
         self._endpoints = endpoints
         self._patience = patience
+        self._tell_caller = tell
         self._limits = limits
         self._preferred = 0
         self._link: _Link | None = None
@@ -425,6 +429,10 @@ class TrainingTrunk:
                     answer = link.owed.popleft()
                     if not answer.done():
                         answer.set_result(event)
+                elif isinstance(event, Notice):
+                    self._notify(
+                        f"{link.address} is shutting down; the training will be opened anew"
+                    )
         except FedseaError as error:
             self._break(link, error)
             with suppress(FedseaError):
@@ -446,6 +454,10 @@ class TrainingTrunk:
             if link.owed and time.monotonic() - link.heard > self._patience.answer:
                 silence = f"{link.address} owes an answer for {self._patience.answer:g} s"
                 self._break(link, DeadlineExceeded(silence))
+
+    def _notify(self, line: str) -> None:
+        """Tell the caller, whose mistakes must not become ours."""
+        asyncio.get_running_loop().call_soon(self._tell_caller, line)
 
     def _break(self, link: _Link, error: FedseaError) -> None:
         """The stream ended: everybody who waits is told why."""

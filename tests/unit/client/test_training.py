@@ -29,6 +29,7 @@ from torch.nn.functional import cross_entropy
 
 from fedsea.client.training import SplitForTraining
 from fedsea.errors import (
+    AttestationError,
     CheckpointError,
     ConfigError,
     ConnectionLost,
@@ -46,6 +47,7 @@ from fedsea.model.optimization import AdamWConfig, part_seed
 from fedsea.model.partition import Partition, Span
 from fedsea.model.projection import Projection
 from fedsea.model.spans import FAMILIES, Placement
+from fedsea.privacy.attestation import Attested, Evidence, Verifier
 from fedsea.server.service import TrunkService
 from fedsea.transport.base import Channel, ClientStream
 from fedsea.transport.memory import MemoryChannel
@@ -257,7 +259,7 @@ def test_losses_agree_after_two_hundred_steps(folder: Path) -> None:
                 split.model(ids, mask, labels).loss,
                 whole(ids, attention_mask=mask, labels=labels).loss,
             )
-            losses.append([float(loss.detach()) for loss in pair])
+            losses.append([loss.item() for loss in pair])
             for loss, optimizer in zip(pair, (ours, theirs), strict=True):
                 loss.backward()
                 optimizer.step()
@@ -338,7 +340,7 @@ def test_half_precision_follows_full_precision(folder: Path, dtype: str) -> None
         losses = []
         for _ in range(15):
             loss = half.model(ids, mask, labels).loss
-            losses.append(float(loss))
+            losses.append(loss.item())
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -459,13 +461,13 @@ def test_dropout_follows_from_seed_step_and_forward(folder: Path) -> None:
         split.randomize()
         split.model.train()
         model = split.model
-        first, second = float(model(ids, mask, labels).loss), float(model(ids, mask, labels).loss)
+        first, second = (model(ids, mask, labels).loss.item() for _ in range(2))
         model.reset()
-        again = float(model(ids, mask, labels).loss)
+        again = model(ids, mask, labels).loss.item()
         model.step(0.0)
-        later = float(model(ids, mask, labels).loss)
+        later = model(ids, mask, labels).loss.item()
         model.eval()
-        plain = float(model(ids, mask, labels).loss)
+        plain = model(ids, mask, labels).loss.item()
 
         assert again == first
         assert len({first, second, later, plain}) == 4
@@ -487,7 +489,7 @@ def test_a_lost_connection_is_opened_again_and_the_step_redone(folder: Path) -> 
         loss = model(ids, mask, labels).loss
         loss.backward()
         model.step(1e-2)
-        return float(loss)
+        return float(loss.item())
 
     with Split(folder) as calm:
         expected = [one_step(calm.model) for _ in range(3)]
@@ -597,7 +599,7 @@ def test_a_batch_without_labels_has_no_loss(folder: Path) -> None:
         split.model.train()
         output = split.model(ids, mask, torch.full_like(ids, -100))
         output.loss.backward()
-        assert float(output.loss) == 0
+        assert output.loss.item() == 0
         assert output.logits is None
 
 
@@ -635,6 +637,26 @@ def test_servers_that_cannot_train_are_refused(folder: Path) -> None:
         Split(folder, served=Partition(2, 2))
 
 
+def test_a_verifier_is_asked_before_anything_is_sent(folder: Path) -> None:
+    """Where there is no TLS key to attest, a client that demands proof sends nothing."""
+
+    class Asked(Verifier):
+        def verify(self, evidence: Evidence) -> Attested:
+            raise AssertionError("there is nothing to verify")
+
+    wire = Wire()
+    server = TinyTrainingTrunk(folder, ONE_EACH)
+    with pytest.raises(AttestationError, match="no TLS key"):
+        SplitForTraining.connect(
+            folder,
+            {"memory": lambda: wire.channel(server)},
+            name="run",
+            lora=LORA,
+            verifier=Asked(),
+        )
+    assert not wire.events
+
+
 def test_only_factors_are_parameters(folder: Path) -> None:
     """Optimizers, `state_dict` and `to` see the adapters of bottom and top and nothing else."""
     with Split(folder) as split:
@@ -642,6 +664,10 @@ def test_only_factors_are_parameters(folder: Path) -> None:
         assert len(list(split.model.parameters())) == expected
         assert len(split.model.state_dict()) == expected
         assert all(one.requires_grad for one in split.model.parameters())
+        for move in (split.model.half, split.model.double, lambda: split.model.to("meta")):
+            with pytest.raises(ConfigError, match="when you connect"):
+                move()
+        assert split.model.to("cpu").float() is split.model
     with Split(folder, lora=replace(LORA, freeze_a=True)) as split:
         split.model(*padded(examples_of(LENGTHS))).loss.backward()
         trained = [one for one in split.model.parameters() if one.requires_grad]
