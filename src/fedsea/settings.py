@@ -152,7 +152,7 @@ def _value(key: str, hint: Any, value: Any) -> Any:
     for kind in kinds:
         if kind in _LISTS:
             return _list(key, kind, value)
-        if issubclass(kind, StrEnum):
+        if isinstance(kind, type) and issubclass(kind, StrEnum):
             return choice(key, kind, value)
     if Path in kinds and isinstance(value, str | Path):
         return Path(value)

@@ -11,15 +11,13 @@ Paths in a file are relative to the file. `docs/reference` lists every key with 
 from __future__ import annotations
 
 import re
-import tomllib
-import types
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from fedsea.errors import ConfigError
+from fedsea.settings import Table, check_keys, need, read_toml, section, table_at
 
 DTYPES = ("fp32", "bf16", "fp16")
 QUANTIZATIONS = ("none", "int8", "nf4")
@@ -39,10 +37,7 @@ _FACTORS = {None: 1} | {
     for binary in ("", "i")
 }
 
-_PATHS = tuple[Path, ...]
-_TEXTS = tuple[str, ...]
 _S = TypeVar("_S")
-_Table = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,10 +63,10 @@ class ServerSection:
     drain_grace_s: float = 30.0
 
     def __post_init__(self) -> None:
-        _need(bool(self.model), "server.model is empty; give the folder of a checkpoint")
+        need(bool(self.model), "server.model is empty; give the folder of a checkpoint")
         _at_least(1, "server", self, "max_sessions")
         _at_least(0, "server", self, "idle_timeout_s", "drain_grace_s")
-        _need(self.open_timeout_s > 0, "server.open_timeout_s must be positive")
+        need(self.open_timeout_s > 0, "server.open_timeout_s must be positive")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +109,7 @@ class KVSection:
     max_context: int | None = None
 
     def __post_init__(self) -> None:
-        _need(
+        need(
             self.rows is None or self.memory is None,
             "kv.rows and kv.memory are both given; give one of them",
         )
@@ -148,7 +143,7 @@ class SchedulerSection:
     def __post_init__(self) -> None:
         _at_least(1, "scheduler", self, "small_append_rows", "min_prefill_rows", "stall_factor")
         _at_least(0, "scheduler", self, "gather_factor")
-        _need(
+        need(
             self.max_step_rows >= max(self.small_append_rows, self.min_prefill_rows),
             "scheduler.max_step_rows is below small_append_rows or min_prefill_rows; raise it",
         )
@@ -171,7 +166,7 @@ class QuotaSection:
     def __post_init__(self) -> None:
         for name in ("sessions", "kv_rows", "rows_per_second"):
             value = getattr(self, name)
-            _need(value is None or value > 0, f"quotas.{name} is {value}; give a positive number")
+            need(value is None or value > 0, f"quotas.{name} is {value}; give a positive number")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,9 +194,9 @@ class SecuritySection:
     def __post_init__(self) -> None:
         given = [name for name in ("ca", "certificate", "key") if getattr(self, name) is not None]
         if self.plaintext:
-            _need(not given, "security.plaintext is set beside certificates; remove one of them")
+            need(not given, "security.plaintext is set beside certificates; remove one of them")
         elif given:
-            _need(
+            need(
                 len(given) == 3,
                 f"security names only {', '.join(given)}; give ca, certificate and key",
             )
@@ -227,14 +222,14 @@ class AttestationSection:
     key_sha256: str | None = None
 
     def __post_init__(self) -> None:
-        _need(
+        need(
             not self.command or bool(self.command[0]),
             "attestation.command names no program; give its path first",
         )
         for name in ("timeout_s", "requests_per_second"):
             value = getattr(self, name)
-            _need(value > 0, f"attestation.{name} is {value}; give a positive number")
-        _need(
+            need(value > 0, f"attestation.{name} is {value}; give a positive number")
+        need(
             self.key_sha256 is None or _SHA256.fullmatch(self.key_sha256) is not None,
             "attestation.key_sha256 is no SHA-256; write 64 lower-case hex digits",
         )
@@ -253,7 +248,7 @@ class AdapterSection:
     tenants: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        _need(bool(self.tenants), "an adapter without tenants is used by nobody; name some")
+        need(bool(self.tenants), "an adapter without tenants is used by nobody; name some")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,7 +271,7 @@ class PromptSection:
     tenants: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        _need(bool(self.tenants), "a soft prompt without tenants is used by nobody; name some")
+        need(bool(self.tenants), "a soft prompt without tenants is used by nobody; name some")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,11 +305,11 @@ class GroupSection:
 
     def __post_init__(self) -> None:
         _one_of(STRATEGIES, "training.groups.NAME.strategy", self.strategy)
-        _need(bool(self.tenants), "a group without tenants is used by nobody; name some")
+        need(bool(self.tenants), "a group without tenants is used by nobody; name some")
         _at_least(1, "training.groups.NAME", self, "average_every", "min_members")
         _at_least(0, "training.groups.NAME", self, "gather_s", "seed")
-        _need(self.deadline_s > 0, "training.groups.NAME.deadline_s must be positive")
-        _need(
+        need(self.deadline_s > 0, "training.groups.NAME.deadline_s must be positive")
+        need(
             self.min_members <= len(self.tenants),
             "training.groups.NAME.min_members is above the number of tenants; lower it",
         )
@@ -419,21 +414,12 @@ class ServerConfig:
             ConfigError: the file cannot be read, or a key or value in it cannot be used.
         """
         path = Path(path)
-        try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"the configuration {path} does not exist; fix the path") from None
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise ConfigError(f"the configuration {path} cannot be read: {reason}") from None
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path} is not valid TOML: {error}") from None
-        return cls.from_table(table, overrides, base=path.parent)
+        return cls.from_table(read_toml(path), overrides, base=path.parent)
 
     @classmethod
     def from_table(
         cls,
-        table: _Table,
+        table: Table,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         base: Path | None = None,
     ) -> ServerConfig:
@@ -444,23 +430,15 @@ class ServerConfig:
         Raises:
             ConfigError: a key or value cannot be used.
         """
-        sections = get_type_hints(cls)
-        _check_keys({**table, **(overrides or {})}, sections, "the configuration")
-        built: dict[str, Any] = {}
-        for name, section in sections.items():
-            if section in (AdaptersSection, PromptsSection):
-                entry = AdapterSection if section is AdaptersSection else PromptSection
-                built[name] = section(named=_named(entry, name, _table_at(table, name), base))
-                continue
-            own = _with_base(_table_at(table, name), section, base)
-            if section is TrainingSection:
-                groups = _table_at(own, "groups", "training.groups")
-                own["groups"] = _named(GroupSection, "training.groups", groups, base)
-            keys = {**own, **(overrides or {}).get(name, {})}
-            built[name] = (
-                _quotas(keys) if section is QuotasSection else _section(section, name, keys)
-            )
-        return cls(**built)
+        kinds = get_type_hints(cls)
+        given = overrides or {}
+        check_keys({**table, **given}, kinds, "the configuration")
+        return cls(
+            **{
+                name: _read(kind, name, table_at(table, name), base, given.get(name, {}))
+                for name, kind in kinds.items()
+            }
+        )
 
 
 def parse_bytes(key: str, text: str) -> int:
@@ -471,131 +449,62 @@ def parse_bytes(key: str, text: str) -> int:
     return int(float(match[1]) * _FACTORS[match[2]])
 
 
-def _quotas(table: _Table) -> QuotasSection:
-    tenants = _table_at(table, "tenants", "quotas.tenants")
+_NAMED: Mapping[Any, type[Any]] = {
+    AdaptersSection: AdapterSection,
+    PromptsSection: PromptSection,
+}
+
+
+def _read(kind: type[Any], name: str, table: Table, base: Path | None, overrides: Table) -> Any:
+    """One section, those with tables inside them too."""
+    if kind in _NAMED:
+        return kind(named=_named(_NAMED[kind], name, table, base))
+    if kind is QuotasSection:
+        return _quotas({**table, **overrides})
+    if kind is TrainingSection:
+        groups = _named(GroupSection, "training.groups", table_at(table, "groups"), base)
+        flat = {key: value for key, value in table.items() if key != "groups"}
+        return replace(section(kind, name, flat, base, overrides), groups=groups)
+    if kind is ServerSection:
+        table = _with_model(table, base)
+    return section(kind, name, table, base, overrides)
+
+
+def _quotas(table: Table) -> QuotasSection:
+    tenants = table_at(table, "tenants", "quotas.tenants")
     default = {key: value for key, value in table.items() if key != "tenants"}
     return QuotasSection(
-        default=_section(QuotaSection, "quotas", default),
+        default=section(QuotaSection, "quotas", default),
         tenants={
-            name: _section(
-                QuotaSection, f"quotas.tenants.{name}", {**default, **_table_at(tenants, name)}
+            name: section(
+                QuotaSection, f"quotas.tenants.{name}", {**default, **table_at(tenants, name)}
             )
             for name in tenants
         },
     )
 
 
-def _named(entry: type[_S], section: str, table: _Table, base: Path | None) -> dict[str, _S]:
-    """One `entry` for each name in a section."""
+def _named(kind: type[_S], name: str, table: Table, base: Path | None) -> dict[str, _S]:
+    """One `kind` for each name in a section."""
     return {
-        name: _section(
-            entry,
-            f"{section}.{name}",
-            _with_base(_table_at(table, name, f"{section}.{name}"), entry, base),
-        )
-        for name in table
+        key: section(kind, f"{name}.{key}", table_at(table, key, f"{name}.{key}"), base)
+        for key in table
     }
 
 
-def _section(section: type[_S], name: str, table: _Table) -> _S:
-    hints = get_type_hints(section)
-    _check_keys(table, hints, f"section [{name}]")
-    for key in _required(section):
-        _need(key in table, f"{name}.{key} is missing; add it")
-    values = {key: _value(f"{name}.{key}", hints[key], value) for key, value in table.items()}
-    return section(**values)
-
-
-def _required(section: type[Any]) -> list[str]:
-    declared: tuple[Field[Any], ...] = fields(section)
-    return [
-        entry.name
-        for entry in declared
-        if entry.default is MISSING and entry.default_factory is MISSING
-    ]
-
-
-def _with_base(table: _Table, section: type[Any], base: Path | None) -> dict[str, Any]:
-    """The table with its paths resolved against the folder of the file."""
-    if base is None:
-        return dict(table)
-    hints = get_type_hints(section)
-    resolved = dict(table)
-    for key, value in table.items():
-        if isinstance(value, str) and Path in _accepted(hints.get(key)):
-            resolved[key] = str(base / Path(value).expanduser())
-        elif isinstance(value, list) and hints.get(key) == _PATHS:
-            resolved[key] = [
-                str(base / Path(item).expanduser()) if isinstance(item, str) else item
-                for item in value
-            ]
-    model = resolved.get("model")
-    if section is ServerSection and isinstance(model, str) and (base / model).is_dir():
-        resolved["model"] = str(base / model)
-    return resolved
-
-
-def _table_at(table: _Table, key: str, name: str | None = None) -> _Table:
-    value = table.get(key, {})
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{name or key} is a single value; write a section [{name or key}]")
-    return value
-
-
-def _check_keys(table: _Table, known: Mapping[str, Any], where: str) -> None:
-    for key in table:
-        if key not in known:
-            near = get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"{key} is no key of {where}; did you mean {near}?")
-
-
-def _accepted(hint: Any) -> tuple[Any, ...]:
-    """The types that a field takes."""
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
-def _value(key: str, hint: Any, value: Any) -> Any:
-    if hint == Mapping[str, GroupSection]:
-        return value  # read already: its tables are sections of their own
-    if hint == _PATHS:
-        return _paths(key, value)
-    if hint == _TEXTS:
-        return _texts(key, value)
-    accepted = _accepted(hint)
-    if Path in accepted and isinstance(value, str | Path):
-        return Path(value)
-    if float in accepted and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) in accepted:
-        return value
-    names = " or ".join(kind.__name__ for kind in accepted if kind is not types.NoneType)
-    raise ConfigError(f"{key} is of type {type(value).__name__}; give a {names}")
-
-
-def _paths(key: str, value: Any) -> tuple[Path, ...]:
-    if not isinstance(value, list | tuple) or not all(
-        isinstance(item, str | Path) for item in value
-    ):
-        raise ConfigError(f'{key} is no list of paths; write one, as in ["a.safetensors"]')
-    return tuple(Path(item) for item in value)
-
-
-def _texts(key: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-        raise ConfigError(f'{key} is no list of texts; write one, as in ["program", "argument"]')
-    return tuple(value)
-
-
-def _need(fulfilled: bool, message: str) -> None:
-    if not fulfilled:
-        raise ConfigError(message)
+def _with_model(table: Table, base: Path | None) -> Table:
+    """A model that is a folder beside the file is meant as such."""
+    model = table.get("model")
+    if base is not None and isinstance(model, str) and (base / model).is_dir():
+        return {**table, "model": str(base / model)}
+    return table
 
 
 def _at_least(least: int, section: str, owner: Any, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        _need(value >= least, f"{section}.{name} is {value}; give at least {least}")
+        need(value >= least, f"{section}.{name} is {value}; give at least {least}")
 
 
 def _one_of(choices: tuple[str, ...], key: str, value: str) -> None:
-    _need(value in choices, f"{key} is {value!r}; choose one of {', '.join(choices)}")
+    need(value in choices, f"{key} is {value!r}; choose one of {', '.join(choices)}")
