@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -16,7 +16,12 @@ import typer
 from fedsea.cli import INTERRUPTED, screen
 from fedsea.cli.options import AsJson, ConnectionOptions, flattened
 from fedsea.cli.serve import parse_setting
-from fedsea.cli.training_protection import TrainingProtectionOptions, show_training_privacy
+from fedsea.cli.training_protection import (
+    TrainingProtectionOptions,
+    show_training_privacy,
+    show_training_spent,
+    training_privacy_summary,
+)
 from fedsea.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -265,25 +270,28 @@ def finetune(
     if not as_json:
         _show_data(run)
     policy = None if protection is None else run.protect(protection)
-    with screen.loading(f"loading {Path(chosen.run.model).name}"):
-        split = run.connect(
-            connection.addresses,
-            tls=credentials,
-            on_notice=screen.notice,
-            verifier=verifier,
-            policy=policy,
-        )
-    with split, run.metrics() as metrics, TrainingDisplay() as display:
-        if not as_json:
-            show_training_privacy(policy)
-        trainer = run.trainer(split, [*metrics, *(() if as_json else (display,))])
-        with _stopped_by_ctrl_c(trainer):
-            summary = trainer.run()
-        address = split.address
-    if as_json:
-        screen.write_json({**asdict(summary), **_places(chosen), "server": address})
-    else:
-        _show_summary(chosen, connection, summary, display.first_loss)
+    with nullcontext() if policy is None else closing(policy):
+        with screen.loading(f"loading {Path(chosen.run.model).name}"):
+            split = run.connect(
+                connection.addresses,
+                tls=credentials,
+                on_notice=screen.notice,
+                verifier=verifier,
+                policy=policy,
+            )
+        with split, run.metrics() as metrics, TrainingDisplay() as display:
+            if not as_json:
+                show_training_privacy(policy)
+            trainer = run.trainer(split, [*metrics, *(() if as_json else (display,))])
+            with _stopped_by_ctrl_c(trainer):
+                summary = trainer.run()
+            address = split.address
+        if as_json:
+            privacy = {"privacy": training_privacy_summary(policy)}
+            screen.write_json({**asdict(summary), **_places(chosen), "server": address, **privacy})
+        else:
+            _show_summary(chosen, connection, summary, display.first_loss)
+            show_training_spent(policy)
     if summary.stopped == "request":
         raise typer.Exit(INTERRUPTED)
 

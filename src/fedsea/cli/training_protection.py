@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from fedsea.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedsea.client.training_protection import TrainingPolicy, TrainingProtection
+    from fedsea.privacy.mechanism import Mechanism
 
 _PANEL = "Privacy"
 
@@ -146,3 +147,34 @@ def show_training_privacy(policy: TrainingPolicy | None) -> None:
         screen.notice(NOTHING_PROTECTED)
     else:
         screen.detail(f"privacy: {policy.describe()}")
+
+
+def show_training_spent(policy: TrainingPolicy | None) -> None:
+    """A line with what the account has spent by now; nothing without mechanisms."""
+    if policy is not None:
+        from fedsea.client.protection import account_line
+
+        screen.detail(f"privacy: {account_line(policy.statement(), policy.delta)}")
+
+
+def training_privacy_summary(policy: TrainingPolicy | None) -> dict[str, Any] | None:
+    """What is done and what the account has spent, for programs; None without mechanisms."""
+    if policy is None:
+        return None
+    statement = policy.statement()
+    spending = statement.spending()
+    bounded = not spending.is_unbounded
+    return {
+        "rows": _spec(policy.rows.mechanism),
+        "gradients": _spec(policy.gradients.mechanism),
+        "record": statement.record,
+        "releases": statement.releases,
+        "delta": policy.delta,
+        "mu": spending.mu() if bounded else None,
+        "epsilon": spending.epsilon(policy.delta) if bounded else None,
+        "warning": policy.warning,
+    }
+
+
+def _spec(mechanism: Mechanism | None) -> str | None:
+    return None if mechanism is None else mechanism.spec()

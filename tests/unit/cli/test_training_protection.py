@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedsea.cli.options import ConnectionOptions
-from fedsea.cli.training_protection import TrainingProtectionOptions, show_training_privacy
-from fedsea.client.training_protection import NOTHING_PROTECTED, Record
+from fedsea.cli.training_protection import (
+    TrainingProtectionOptions,
+    show_training_privacy,
+    show_training_spent,
+    training_privacy_summary,
+)
+from fedsea.client.training_protection import GRADIENTS_BARE, NOTHING_PROTECTED, Record
 from fedsea.errors import ConfigError
 from fedsea.privacy.accounts import Budget
 
@@ -66,7 +72,30 @@ def test_what_is_done_is_shown(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert chosen is not None
     policy = chosen.applied(8, ("trunk",))
     show_training_privacy(policy)
-    policy.close()
     assert "privacy: rows: gaussian:clip_norm=2,mu=1,by=row, gradients: fedsea" in (
         capsys.readouterr().err
     )
+    show_training_spent(policy)
+    assert "privacy: spent 0 releases" in capsys.readouterr().err
+    found = training_privacy_summary(policy)
+    assert found is not None
+    assert (found["record"], found["releases"], found["mu"]) == ("run", 0, 0.0)
+    assert found["rows"] == "gaussian:clip_norm=2,mu=1,by=row"
+    policy.close()
+
+
+def test_noise_without_a_guarantee_has_no_figures(tmp_path: Path) -> None:
+    """What bounds nothing is not a number; without mechanisms there is nothing to tell."""
+    options = TrainingProtectionOptions(privacy="fedsea:scale=0.02", ledger=tmp_path / "x.ledger")
+    chosen = options.chosen(ConnectionOptions(), "run")
+    assert chosen is not None
+    policy = chosen.applied(8, ("trunk",))
+    with policy.guard() as guard:
+        guard.forward(0, [[1]], torch.ones(1, 8))
+    found = training_privacy_summary(policy)
+    policy.close()
+    assert found is not None
+    assert (found["releases"], found["mu"], found["gradients"]) == (1, None, None)
+    assert found["warning"] == GRADIENTS_BARE
+    assert training_privacy_summary(None) is None
+    show_training_spent(None)
