@@ -141,6 +141,7 @@ VANISHING = textwrap.dedent(
     async def main(address, certificates, fingerprint):
         channel = GrpcChannel(address, tls_of(Path(certificates), "acme"))
         client = await TrainingClient.over(channel, fingerprint, hidden=48, end_block=4)
+        await client.train(1, some_rows(5, hidden=48))
         await client.forward(some_rows(30, hidden=48))
         print("open", flush=True)
         await asyncio.sleep(100)

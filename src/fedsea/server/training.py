@@ -130,7 +130,7 @@ class Training:
         self._workers: Workers | None = None
         self._entries: dict[RunKey, _Entry] = {}
         self._averaging: dict[str, Averaging] = {}
-        self._opening = asyncio.Lock()
+        self._opening: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         self._adapters: WeakValueDictionary[tuple[RunKey, int], Adapter] = WeakValueDictionary()
         self._prompts: WeakValueDictionary[tuple[RunKey, int], SoftPrompt] = WeakValueDictionary()
         self._watch(metrics)
@@ -180,7 +180,7 @@ class Training:
         place = self._place(tenant, check_name(request.adapter))
         recipe = self._recipe(request, place.group)
         formats = Formats.of(request, self._trunk.checkpoint.hidden_size, projection)
-        async with self._opening:
+        async with self._opens(place):
             try:
                 await self._make_room(place, tenant)
                 live, step = await self._joined(place, tenant, recipe, request.resume_steps)
@@ -230,6 +230,11 @@ class Training:
             return None
         found = await asyncio.to_thread(self._services.store.trained, key, self._trunk.span)
         return None if found is None else ((key, found[0]), found[1])
+
+    def _opens(self, place: _Place) -> asyncio.Lock:
+        """Held by whoever opens a training of this tenant or group: one after another."""
+        owner = place.key.owner, "" if place.group is None else place.key.name
+        return self._opening.setdefault(owner, asyncio.Lock())
 
     def _place(self, tenant: str, name: str) -> _Place:
         """What a tenant means by a name: a group that it belongs to, or a training of its own."""
@@ -370,7 +375,7 @@ class Training:
         self, key: RunKey, step: int, recipe: Recipe, members: Mapping[str, int] | None = None
     ) -> Live:
         """A run as it was saved; new when the step is 0."""
-        run = self._fresh(recipe)
+        run = await asyncio.to_thread(self._fresh, recipe)
         if step:
             await asyncio.to_thread(self._services.store.load, key, step, run)
         assert self._workers is not None
@@ -423,7 +428,9 @@ class Training:
         entry = self._entries.get(key)
         if entry is not None and not entry.seated:
             loop = asyncio.get_running_loop()
-            entry.timer = loop.call_later(self._section.grace_s, self._entries.pop, key, None)
+            # Of a run without steps nothing is lost: it begins as it began.
+            seconds = self._section.grace_s if entry.live.run.steps else 0.0
+            entry.timer = loop.call_later(seconds, self._entries.pop, key, None)
 
     def _watch(self, metrics: Metrics) -> None:
         budget = self._services.budget

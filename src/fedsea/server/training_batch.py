@@ -25,6 +25,7 @@ from torch import Tensor
 from fedsea.errors import Capacity, ConfigError, FedseaError, RemoteProtocolError, StaleStep
 from fedsea.server.config import GroupSection
 from fedsea.server.logs import get_logger
+from fedsea.server.timers import Deadline
 from fedsea.server.training_member import Formats, Held, Live, Member, Services, rows_of
 from fedsea.server.training_run import Part, Pass
 from fedsea.server.training_workers import Worker
@@ -80,7 +81,7 @@ class _Joint:
     passed: Pass
     owners: list[_Owner]
     counts: bool
-    timer: asyncio.TimerHandle | None = None
+    deadline: Deadline
 
 
 @dataclass(slots=True, eq=False)
@@ -111,19 +112,22 @@ class BatchRun:
     _asked: dict[BatchMember, _Asked] = field(default_factory=dict)
     _contributed: set[str] = field(default_factory=set)
     _again: set[str] = field(default_factory=set)
-    _gathering: asyncio.TimerHandle | None = None
-    _stepping: asyncio.TimerHandle | None = None
+    _gathering: Deadline = field(init=False)
+    _stepping: Deadline = field(init=False)
     _is_launching: bool = False
     _has_begun: bool = False
+
+    def __post_init__(self) -> None:
+        """Make the deadlines."""
+        self._gathering = Deadline(self._gathered)
+        self._stepping = Deadline(self._late_for_step)
 
     def join(self, member: BatchMember) -> None:
         """A session of a member begins."""
         self._members.add(member)
         if member.tenant in self._contributed:
             self._again.add(member.tenant)
-        if self._gathering is not None:
-            self._gathering.cancel()
-            self._gathering = None
+        self._gathering.stop()
         self._look_at_arrivals()
 
     def leave(self, member: BatchMember) -> None:
@@ -132,6 +136,10 @@ class BatchRun:
         self._arrivals = [each for each in self._arrivals if each.member is not member]
         self._asked.pop(member, None)
         self._give_up(member)
+        if not self._asked:
+            self._stepping.stop()
+        if not self._arrivals:
+            self._gathering.stop()
         self._look()
         if not self._members:
             self.live.line.put_on_loop(self._clear)
@@ -163,9 +171,7 @@ class BatchRun:
         owner.answer = asyncio.get_running_loop().create_future()
         if joint.counts:
             self._contributed.add(member.tenant)
-        if joint.timer is None:
-            loop = asyncio.get_running_loop()
-            joint.timer = loop.call_later(self.section.deadline_s, self._late, joint)
+        joint.deadline.start(self.section.deadline_s)
         self._look_at(joint)
         return owner.answer
 
@@ -194,9 +200,7 @@ class BatchRun:
             answer.set_result(repeated)
             return answer
         self._asked[member] = _Asked(event, answer)
-        if self._stepping is None:
-            loop = asyncio.get_running_loop()
-            self._stepping = loop.call_later(self.section.deadline_s, self._late_for_step)
+        self._stepping.start(self.section.deadline_s)
         self._look()
         return answer
 
@@ -219,9 +223,9 @@ class BatchRun:
         expected = self._members - busy - self._asked.keys()
         if expected <= here and self._is_complete():
             self._launch_next()
-        elif self._gathering is None:
-            wait = self.section.gather_s if self._is_complete() else self.section.deadline_s
-            self._gathering = asyncio.get_running_loop().call_later(wait, self._gathered)
+        else:
+            section = self.section
+            self._gathering.start(section.gather_s if self._is_complete() else section.deadline_s)
 
     def _is_complete(self) -> bool:
         """Whether as many members have come as the first step waits for."""
@@ -229,7 +233,6 @@ class BatchRun:
         return self._has_begun
 
     def _gathered(self) -> None:
-        self._gathering = None
         if self._is_complete():
             self._launch_next()
             return
@@ -244,9 +247,7 @@ class BatchRun:
 
     def _launch_next(self) -> None:
         """Compute what has arrived when the run is free, and what arrives until then."""
-        if self._gathering is not None:
-            self._gathering.cancel()
-            self._gathering = None
+        self._gathering.stop()
         if self._arrivals and not self._is_launching:
             self._is_launching = True
             self.live.line.put_on_loop(self._launch)
@@ -276,19 +277,17 @@ class BatchRun:
         """Compute the gradients of a pass that nobody has to be waited for any more."""
         if joint in self._joints and all(owner.is_settled for owner in joint.owners):
             self._joints.remove(joint)
-            if joint.timer is not None:
-                joint.timer.cancel()
+            joint.deadline.stop()
             if any(owner.event is not None and not owner.is_gone for owner in joint.owners):
                 job = self.live.put(lambda worker: self._backwards(worker, joint))
                 job.add_done_callback(lambda done: self._gone_back(done, joint))
             else:
                 joint.passed.hidden = None
 
-    def _late(self, joint: _Joint) -> None:
-        self._send_away({owner.member for owner in joint.owners if not owner.is_settled})
+    def _late(self, owners: Sequence[_Owner]) -> None:
+        self._send_away({owner.member for owner in owners if not owner.is_settled})
 
     def _late_for_step(self) -> None:
-        self._stepping = None
         self._send_away(self._members - self._asked.keys())
 
     def _send_away(self, late: set[BatchMember]) -> None:
@@ -311,9 +310,7 @@ class BatchRun:
             self._look_at(joint)
 
     def _take_step(self) -> None:
-        if self._stepping is not None:
-            self._stepping.cancel()
-            self._stepping = None
+        self._stepping.stop()
         asked, self._asked = self._asked, {}
         first = next(iter(asked.values())).event
         agreeing = {}
@@ -412,8 +409,8 @@ class BatchRun:
                     )
                     for each in sound
                 ]
-                joint = _Joint(passed, owners, counts)
-                self._joints.append(joint)
+                deadline = Deadline(lambda: self._late(owners))
+                self._joints.append(_Joint(passed, owners, counts, deadline))
         _settle(done, [each.answer for each in arrivals], lambda result: result[2])
         self._look()
 

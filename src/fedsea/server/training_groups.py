@@ -8,7 +8,7 @@ however many the others have. The strategy whose members share one batch is in
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedsea.server.config import GroupSection
 from fedsea.server.logs import get_logger
+from fedsea.server.timers import Deadline
 from fedsea.server.training_member import Formats, Live, Services, SoloMember
 from fedsea.server.training_run import TrainingRun, parameters_of
 from fedsea.server.training_store import check_same
@@ -62,11 +63,11 @@ class Averaging:
 
     def __init__(self, section: GroupSection, workers: Workers) -> None:
         self.every = section.average_every
-        self._deadline = section.deadline_s
+        self._seconds = section.deadline_s
+        self._deadline = Deadline(self._average)
         self._workers = workers
         self._members: set[HierarchicalMember] = set()
         self._waiting: dict[HierarchicalMember, _Waiting] = {}
-        self._timer: asyncio.TimerHandle | None = None
         self._mean: dict[str, Tensor] | None = None
 
     def join(self, member: HierarchicalMember) -> None:
@@ -97,20 +98,18 @@ class Averaging:
             return
         member.live.line.hold()
         self._waiting[member] = _Waiting(stepped, answer)
-        if self._timer is None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._deadline, self._average)
+        self._deadline.start(self._seconds)
         self._look()
 
     def _look(self) -> None:
-        if self._waiting and len(self._waiting) == len(self._members):
+        if len(self._waiting) == len(self._members) or not self._waiting:
             self._average()
 
     def _average(self) -> None:
         """Let those who wait go on with their mean."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._deadline.stop()
+        if not self._waiting:
+            return
         waiting, self._waiting = self._waiting, {}
         late = len(self._members) - len(waiting)
         if late:
@@ -131,7 +130,7 @@ class Averaging:
         if error is not None:
             _log.error("mean_failed", error=type(error).__name__)
         elif not mean.cancelled():
-            self._mean = mean.result()
+            self._mean = mean.result() or self._mean
         for member, each in waiting.items():
             if not each.answer.done():
                 each.answer.set_result(each.stepped)
@@ -192,23 +191,33 @@ class HierarchicalMember(SoloMember):
 
 
 @torch.no_grad()
-def _averaged(members: list[HierarchicalMember]) -> dict[str, Tensor]:
-    """Give every copy the weighted mean of all; the mean."""
-    total = sum(member.weight for member in members)
-    named = [parameters_of(member.live.run.adapter, member.live.run.prompt) for member in members]
-    mean = {
-        name: sum(
-            (
-                own[name].double() * (member.weight / total)
-                for own, member in zip(named, members, strict=True)
-            ),
-            start=torch.zeros((), dtype=torch.float64, device=named[0][name].device),
-        ).float()
-        for name in (named[0] if named else ())
-    }
+def _averaged(members: Sequence[HierarchicalMember]) -> dict[str, Tensor]:
+    """Give every copy the weighted mean of all that are finite; the mean, empty when none is."""
+    named = {member: _values(member.live.run) for member in members}
+    sound = [
+        member
+        for member in members
+        if all(bool(value.isfinite().all()) for value in named[member].values())
+    ]
+    if not sound:
+        return {}
+    # Relative to the greatest, for the sum of large weights may overflow.
+    greatest = max(member.weight for member in sound)
+    total = sum(member.weight / greatest for member in sound)
+    mean: dict[str, Tensor] = {}
+    for name, first in named[sound[0]].items():
+        found = torch.zeros_like(first, dtype=torch.float64)
+        for member in sound:
+            found += named[member][name].double() * (member.weight / greatest / total)
+        mean[name] = found.to(first.dtype)
     for member in members:
         assign(member.live.run, mean)
     return mean
+
+
+def _values(run: TrainingRun) -> dict[str, Tensor]:
+    """The values of what a run trains, by name."""
+    return {name: one.detach() for name, one in parameters_of(run.adapter, run.prompt).items()}
 
 
 @torch.no_grad()

@@ -530,6 +530,29 @@ def test_copies_become_their_weighted_mean(group, join, checkpoint_folder):
     run(dialogue())
 
 
+def test_a_broken_copy_does_not_break_the_mean(group, join):
+    """A member whose factors are no longer finite gets the mean of the others, at any weight."""
+
+    async def dialogue():
+        async with group("server-hierarchical", average_every=2) as service:
+            sound, broken = (
+                await join(service, "acme", weight=1e308),
+                await join(service, "globex", weight=1e308),
+            )
+            await asyncio.gather(
+                sound.train(1, some_rows(5)),
+                broken.train(1, some_rows(7), learning_rate=1e30),
+            )
+            number, hidden = await sound.forward(some_rows(5))
+            await sound.backward(number, 2 * hidden)
+            await asyncio.gather(sound.take_step(2), broken.take_step(2, learning_rate=1e30))
+            assert torch.equal(await look(sound), await look(broken))
+            for member in (sound, broken):
+                await member.close()
+
+    run(dialogue())
+
+
 @pytest.mark.parametrize("end", ["deadline", "vanish"])
 def test_a_mean_waits_for_nobody_for_ever(group, join, end):
     """After the deadline, or when the others have gone, a member goes on."""
