@@ -27,6 +27,7 @@ def needs_server(page: Path) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # a tutorial starts ten processes, one after the other
 @pytest.mark.parametrize(
     "page",
     [page for page in PAGES if runs_something(page)],

@@ -377,11 +377,8 @@ class Trainer:
         """
         total = 0.0
         for at, batch in enumerate(work.batches):
-            part = self._loss(batch) / work.answer_tokens
+            part = self._finite_loss(batch, number, work, at) / work.answer_tokens
             value = float(part.detach())
-            if not math.isfinite(value):
-                self._model.trunk.reset()
-                raise _not_finite("the loss", number, work, at, self._train)
             total += value
             try:
                 (part * self._state.scale).backward()
@@ -392,6 +389,25 @@ class Trainer:
         except NotFinite as error:
             raise _Overflow from error
         return total
+
+    def _finite_loss(
+        self, batch: Sequence[Example], number: int, work: StepBatches, at: int
+    ) -> Tensor:
+        """The same as `_loss`, of batch number `at` of a step.
+
+        Raises:
+            NotFinite: the loss is not, or a row on the way to it.
+        """
+        cause: NotFinite | None = None
+        try:
+            found = self._loss(batch)
+            if math.isfinite(float(found.detach())):
+                return found
+        except NotFinite as error:
+            cause = error
+        self._model.trunk.reset()
+        what = "the loss" if cause is None else "a row"
+        raise _not_finite(what, number, work, at, self._train) from cause
 
     def _loss(self, batch: Sequence[Example]) -> Tensor:
         """The sum over the answer tokens of a batch."""
