@@ -15,12 +15,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from fedsea.errors import ConnectionLost
 from fedsea.federated.aggregator import Aggregator
 from fedsea.federated.arrays import packed, unpacked
+from fedsea.federated.config import FederationConfig, from_tables
+from fedsea.federated.joining import ClientConfig
 from fedsea.federated.rounds import RoundReport
-from fedsea.model.adapters import TENSORS
+from fedsea.federated.simulation import simulate
+from fedsea.model.adapters import TENSORS, read_adapter
+from fedsea.model.partition import Span
 from fedsea.transport.certificates import init_ca, issue_client, issue_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -291,3 +296,45 @@ def test_a_killed_computation_is_told(network):
     with pytest.raises(ConnectionLost, match="start again"):
         network.run()
     killer.join(10)
+
+
+def test_a_simulation_trains_through_a_real_server(tiny_model, tmp_path):
+    """`simulate`: two owners, personal tops, rows over TLS, the adapter in PEFT's format."""
+    configs = []
+    for name in NAMES[:2]:
+        lines = [
+            json.dumps(
+                {"prompt": f"{name} {number}", "completion": " yes" if number % 2 else " no"}
+            )
+            for number in range(8)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        configs.append(
+            ClientConfig.from_table(
+                {
+                    "client": {"name": name, "personal": ["top"], "share_loss": True},
+                    "run": {
+                        "model": str(tiny_model),
+                        "data": f"{name}.jsonl",
+                        "evaluation": f"{name}.jsonl",
+                        "out": f"out-{name}",
+                    },
+                    "lora": {"rank": 2, "train": ["bottom", "top"], "freeze_a": True},
+                    "training": {"steps": 2, "batch_size": 4},
+                },
+                tmp_path,
+            )
+        )
+    section = {"name": "trial", "clients": list(NAMES[:2]), "folder": tmp_path / "out", "rounds": 2}
+    config = from_tables(FederationConfig, {"federation": {**section, "evaluate": True}})
+    reports: list[RoundReport] = []
+
+    simulate(config, configs, reports.append, print)
+
+    assert [report.round for report in reports] == [1, 2]
+    assert all(report.loss is not None for report in reports)
+    shared = read_adapter(tmp_path / "out" / "rounds" / "step-00000002", Span(0, 5))
+    assert {place.block for place in shared.factors} == {0}
+    tops = [read_adapter(tmp_path / f"out-{name}" / "adapter", Span(4, 5)) for name in NAMES[:2]]
+    first, second = ([factors.b.detach() for factors in top.factors.values()] for top in tops)
+    assert any(not torch.equal(one, other) for one, other in zip(first, second, strict=True))
