@@ -5,14 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel
+from tests.conftest import memory_config
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from fedsea.client.huggingface import SplitForCausalLM
+from fedsea.client.llm import LLM
+from fedsea.client.training import SplitForTraining
 from fedsea.errors import PermissionDenied
 from fedsea.evaluation.frozen import FrozenModel
+from fedsea.evaluation.victim import ServerHere
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.partition import Partition
-from fedsea.model.prompts import SoftPrompt, write_prompt
+from fedsea.model.prompts import SoftPrompt, read_prompt, write_prompt
+from fedsea.server import loading
+from fedsea.server.service import TrunkService
 from fedsea.transport.base import LOCAL_TENANT
 from fedsea.transport.recording import Direction
 from fedsea.wire.messages import Open
@@ -124,3 +131,36 @@ def test_a_prompt_of_others_cannot_be_named(make_split, tmp_path):
     split = make_split(server, trunk_prompt="loud")
     with pytest.raises(PermissionDenied, match="no soft prompt"):
         answers(split.llm, PROMPT)
+
+
+def test_a_prompt_that_a_client_had_trained_is_its_own_afterwards(tiny_model, tmp_path):
+    """Two steps through bottom, trunk and top lower the loss as unsplit; then answers name it."""
+    partition, ids = Partition(1, 1), torch.tensor([*PROMPT, *LONGER])
+    config = memory_config(tiny_model, training={"folder": str(tmp_path / "store")})
+    trunk = loading.load(config)
+
+    def server():
+        return ServerHere(lambda: TrunkService(config, trunk))
+
+    with SplitForTraining.connect(
+        tiny_model, {"memory": server}, name="notes", partition=partition, prompt_rows=ROWS
+    ) as model:
+        losses = []
+        for _ in range(2):
+            loss = cross_entropy(model.logits([ids])[:-1], ids[1:])
+            loss.backward()
+            model.step(0.05)
+            losses.append(loss.item())
+        model.save()
+
+    prompt = read_prompt(tmp_path / "store/local/notes/step-00000002/prompt")
+    whole = FrozenModel(Checkpoint.open(tiny_model), partition)
+    with torch.no_grad():
+        rows = whole.rows(ids[None])
+        after = cross_entropy(whole.logits(whole.outputs(rows, prompt))[0, :-1], ids[1:]).item()
+    assert after < losses[1] < losses[0]
+    with LLM.connect(
+        tiny_model, {"memory": server}, partition=partition, trunk_prompt="notes"
+    ) as llm:
+        (found,) = answers(llm, PROMPT)
+    assert found == unsplit_answer(tiny_model, partition, prompt, PROMPT)
