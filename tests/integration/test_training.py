@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from tests.integration.conftest import ServerProcess, Start, tls_of
 from tests.unsplit_training import (
     assert_equal_gradients,
@@ -18,10 +19,11 @@ from tests.unsplit_training import (
     saved_gradients,
     unsplit,
 )
+from transformers import AutoModelForCausalLM
 
 from fedsea.client.training import SplitForTraining
 from fedsea.errors import ConnectionLost
-from fedsea.model.adapters import read_adapter
+from fedsea.model.adapters import read_adapter, write_adapter
 from fedsea.model.lora import LoraConfig
 from fedsea.model.optimization import AdamWConfig
 from fedsea.model.partition import Span
@@ -186,3 +188,34 @@ def test_a_killed_server_goes_on_from_what_it_saved(training: Training) -> None:
     assert found == calm
     trunk = dict(factors([read_adapter(training.saved(6), Span(1, 4))]))
     assert all(torch.equal(trunk[name], expected[name]) for name in expected)
+
+
+def test_the_parts_together_are_an_adapter_of_peft(
+    training: Training, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The client's part and the one that the server saved give PEFT the logits of the split."""
+    ids, mask, labels = padded(examples_of(LENGTHS))
+    with training.connect() as model:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(3):
+            loss = model(ids, mask, labels).loss
+            assert loss is not None
+            loss.backward()
+            model.step(1e-2)
+            optimizer.step()
+            optimizer.zero_grad()
+        model.save()
+        with torch.no_grad():
+            expected = model.eval()(ids, mask).logits
+        trunk = read_adapter(training.saved(3), Span(1, NUM_BLOCKS - 1))
+        write_adapter(tmp_path / "whole", [*model.adapters(), trunk], "tiny")
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    whole = PeftModel.from_pretrained(base, str(tmp_path / "whole")).eval()
+    assert expected is not None
+    real = mask != 0
+    with torch.no_grad():
+        found = whole(ids, attention_mask=mask).logits
+        plain = AutoModelForCausalLM.from_pretrained(tiny_model)(ids, attention_mask=mask).logits
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(plain[real], expected[real], atol=1e-2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -80,18 +81,37 @@ def write_adapter(folder: Path, parts: Sequence[Adapter], base_model: str) -> No
     Raises:
         ConfigError: the parts are of different adapters or overlap, or cannot be written.
     """
-    configs = {part.config for part in parts}
     places = [place for part in parts for place in part.factors]
-    if len(configs) != 1 or len(places) != len(set(places)):
-        raise ConfigError("these are not the parts of one adapter; write each by itself")
+    if len(places) != len(set(places)):
+        raise _no_parts()
+    config = joined([part.config for part in parts if part.factors or not places], places)
     tensors = {}
     for part in parts:
         for place, factors in part.factors.items():
             for name, factor in zip(tensor_names(place), (factors.a, factors.b), strict=True):
                 tensors[name] = factor.detach().cpu().contiguous()
-    described = json.dumps(description(configs.pop(), base_model), indent=2, sort_keys=True)
+    described = json.dumps(description(config, base_model), indent=2, sort_keys=True)
     artifacts.replace_file(folder / TENSORS, save_tensors(tensors, {"format": "pt"}))
     artifacts.replace_file(folder / CONFIG, described.encode() + b"\n")
+
+
+def joined(configs: Sequence[LoraConfig], places: Sequence[Place]) -> LoraConfig:
+    """The configuration of an adapter whose parts have these, and factors at these places.
+
+    Parts may differ in what they target: blocks of one model differ in their linears, and a part may
+    name its own blocks only.
+
+    Raises:
+        ConfigError: the parts multiply by other ranks or scales.
+    """
+    if len({(config.rank, config.alpha, config.rslora) for config in configs}) != 1:
+        raise _no_parts()
+    blocks: tuple[int, ...] | None = None
+    if any(config.blocks is not None for config in configs):
+        named = {block for config in configs for block in config.blocks or ()}
+        blocks = tuple(sorted(named | {place.block for place in places}))
+    targets = tuple(sorted({target for config in configs for target in config.targets}))
+    return replace(configs[0], targets=targets, blocks=blocks)
 
 
 def tensor_names(place: Place) -> tuple[str, str]:
@@ -139,6 +159,10 @@ def _config(file: Path, described: Mapping[str, Any], targets: set[str]) -> Lora
             f"{file}: init_lora_weights {initial} changes the base weights; "
             "convert the adapter to plain LoRA with PEFT first"
         )
+    if not targets:
+        # A part without factors: what it would have targeted is all that can be said.
+        named = described.get("target_modules")
+        targets = {str(name) for name in named} if isinstance(named, list) else set()
     blocks = described.get("layers_to_transform")
     try:
         return LoraConfig(
@@ -153,6 +177,10 @@ def _config(file: Path, described: Mapping[str, Any], targets: set[str]) -> Lora
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file} lacks r or lora_alpha, or they are no numbers") from error
+
+
+def _no_parts() -> ConfigError:
+    return ConfigError("these are not the parts of one adapter; write each by itself")
 
 
 def _place(file: Path, name: str) -> tuple[Place, str]:

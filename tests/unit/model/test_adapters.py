@@ -365,6 +365,59 @@ def test_unknown_target_is_refused_with_those_that_are_known(folder):
         )
 
 
+# PEFT makes the factors that no part has, which change nothing, and says so.
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_parts_that_name_their_own_targets_and_blocks_are_one(folder, tmp_path):
+    """Parts of one rank and scale join; PEFT loads the whole with the logits of the parts."""
+    checkpoint = Checkpoint.open(folder)
+    spans = [
+        load_bottom(checkpoint, Span(0, 1), Placement()),
+        load_trunk(checkpoint, Span(1, 3), Placement()),
+        load_top(checkpoint, Span(3, 4), Placement()).span,
+    ]
+    configs = (
+        LoraConfig(rank=4, targets=("q_proj", "v_proj")),
+        LoraConfig(rank=4, targets=("q_proj", "v_proj"), blocks=(2,)),
+        LoraConfig(rank=4, targets=("v_proj",), freeze_a=True),
+    )
+    parts = Parts(folder)
+    adapters = []
+    for span, config in zip(spans, configs, strict=True):
+        made = Adapter.fresh(config, span.span, span.linears(), torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.normal_(std=0.1)
+        adapters.append(made)
+    parts.use(adapters)
+
+    write_adapter(tmp_path, adapters, "tiny")
+
+    read = read_adapter(tmp_path, Span(0, 4))
+    assert read.config.targets == ("q_proj", "v_proj")
+    assert read.config.blocks == (0, 2, 3)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(model, tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(IDS[None]).logits[0], parts.logits(IDS), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_a_part_without_factors_is_written_and_read(folder, tmp_path):
+    """Where nothing is trained, a part is an adapter of no linears, and joins with the others."""
+    config = LoraConfig(rank=4, targets=("q_proj",))
+    empty = Adapter(config, Span(0, 0), {})
+    write_adapter(tmp_path / "empty", [empty, Adapter(config, Span(4, 4), {})], "tiny")
+    read = read_adapter(tmp_path / "empty", Span(0, 4))
+    assert not read.factors
+    assert read.config == config
+    trunk = load_trunk(Checkpoint.open(folder), Span(0, 4), Placement())
+    other = LoraConfig(rank=8, targets=("v_proj",))
+    full = Adapter.fresh(other, trunk.span, trunk.linears(), torch.Generator())
+    write_adapter(tmp_path / "whole", [read, full], "tiny")
+    assert read_adapter(tmp_path / "whole", Span(0, 4)).config == other
+
+
 def test_parts_of_different_adapters_are_not_written_as_one(folder, tmp_path):
     """Ranks that differ, or the same block twice, are a mistake of the caller."""
     _, adapters = trunk_and_adapters(folder)
