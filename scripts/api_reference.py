@@ -22,6 +22,7 @@ from fedsea.client.background import Pending
 from fedsea.client.generation import Timing
 from fedsea.client.remote import Traffic
 from fedsea.client.streams import Stream
+from fedsea.client.trainer import Callback, StepReport, Summary
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "python-api.md"
 HEAD = """\
@@ -33,7 +34,15 @@ The names of the package `fedsea`, then the types of what they return. Other mod
 read and may change. [Use it from Python](../how-to/use-from-python.md) shows them at work,
 [errors](errors.md) lists what they raise.
 """
-RETURNED: tuple[type[Any], ...] = (Stream, Pending, Timing, Traffic)
+RETURNED: tuple[type[Any], ...] = (
+    Stream,
+    Pending,
+    Timing,
+    Traffic,
+    Summary,
+    StepReport,
+    Callback,
+)
 
 _LINE = 88
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Raises):$", re.MULTILINE)

@@ -8,6 +8,7 @@ import importlib as _importlib
 import typing as _typing
 
 if _typing.TYPE_CHECKING:
+    from fedsea.client.examples import Example
     from fedsea.client.generation import Completion, Sample
     from fedsea.client.huggingface import SplitForCausalLM
     from fedsea.client.llm import LLM
@@ -15,7 +16,11 @@ if _typing.TYPE_CHECKING:
     from fedsea.client.remote import Patience
     from fedsea.client.sampling import FinishReason, SamplingParams
     from fedsea.client.sessions import Chat, Session
+    from fedsea.client.trainer import Trainer
+    from fedsea.client.training import SplitForTraining
+    from fedsea.client.training_config import TrainerConfig
     from fedsea.errors import FedseaError
+    from fedsea.model.lora import LoraConfig
     from fedsea.model.partition import Partition
     from fedsea.privacy.accounts import Budget
     from fedsea.privacy.attestation import TokenVerifier
@@ -30,8 +35,10 @@ __all__ = [
     "Chat",
     "ClientTLS",
     "Completion",
+    "Example",
     "FedseaError",
     "FinishReason",
+    "LoraConfig",
     "Partition",
     "Patience",
     "Placeholders",
@@ -41,7 +48,10 @@ __all__ = [
     "SamplingParams",
     "Session",
     "SplitForCausalLM",
+    "SplitForTraining",
     "TokenVerifier",
+    "Trainer",
+    "TrainerConfig",
     "__version__",
 ]
 
@@ -51,8 +61,10 @@ _HOMES = {
     "Chat": "fedsea.client.sessions",
     "ClientTLS": "fedsea.transport.credentials",
     "Completion": "fedsea.client.generation",
+    "Example": "fedsea.client.examples",
     "FedseaError": "fedsea.errors",
     "FinishReason": "fedsea.client.sampling",
+    "LoraConfig": "fedsea.model.lora",
     "Partition": "fedsea.model.partition",
     "Patience": "fedsea.client.remote",
     "Placeholders": "fedsea.privacy.placeholders.config",
@@ -62,7 +74,10 @@ _HOMES = {
     "SamplingParams": "fedsea.client.sampling",
     "Session": "fedsea.client.sessions",
     "SplitForCausalLM": "fedsea.client.huggingface",
+    "SplitForTraining": "fedsea.client.training",
     "TokenVerifier": "fedsea.privacy.attestation",
+    "Trainer": "fedsea.client.trainer",
+    "TrainerConfig": "fedsea.client.training_config",
 }
 
 

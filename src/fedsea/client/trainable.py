@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fedsea.client.examples import Example
 from fedsea.client.training import SplitForTraining
 from fedsea.model.adapters import write_adapter
+from fedsea.model.optimization import AdamWConfig
 from fedsea.wire.messages import Stepped
 
 
@@ -75,6 +76,10 @@ class TrainableModel(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """What the blocks compute in."""
+
+    @property
+    def optimizer(self) -> AdamWConfig | None:
+        """What the trunk's optimizer was begun with; None where nothing is trained there."""
 
     def description(self) -> Mapping[str, Any]:
         """What a run cannot change under way, for JSON: the model, its cut, what is adapted."""
@@ -154,6 +159,11 @@ class _Split:
     @property
     def dtype(self) -> torch.dtype:
         return self._model.placement.dtype
+
+    @property
+    def optimizer(self) -> AdamWConfig | None:
+        plan = self._model.calls.trunk.plan
+        return plan.optimizer if plan.trains_trunk else None
 
     def description(self) -> Mapping[str, Any]:
         model, plan = self._model, self._model.calls.trunk.plan

@@ -223,6 +223,11 @@ class Trainer:
                 "patience needs examples to evaluate on, and a folder that keeps the best step; "
                 "give both, or leave it out"
             )
+        if model.optimizer not in {None, config.optimizer}:
+            raise ConfigError(
+                "the trunk's optimizer has other constants than the trainer's; connect with "
+                "optimizer=config.optimizer"
+            )
         self._steps = config.steps or self._batches.steps(config.epochs)
         config.rate(1, self._steps)  # refuses a warm-up that never ends
         self._evaluate_every = config.evaluate_every or self._batches.steps(1)

@@ -204,3 +204,16 @@ def test_another_adapter_is_refused(folder, tmp_path):
 
     with pytest.raises(ConfigError, match=r"model\.lora\.rank 3, and this one has 2"):
         trainer(2, some_examples(12))
+
+
+def test_optimizers_that_differ(folder):
+    """Both sides take steps with the same constants, or none at all."""
+    config = replace(CONFIG, weight_decay=0.3)
+    server = TinyTrainingTrunk(folder, Partition(1, 1), Placement())
+    with (
+        connect(folder, server) as model,
+        pytest.raises(ConfigError, match=r"connect with optimizer=config\.optimizer"),
+    ):
+        Trainer(model, config, some_examples(12))
+    with connect(folder, server, optimizer=config.optimizer) as model:
+        assert Trainer(model, config, some_examples(12)).run().step == CONFIG.steps

@@ -151,6 +151,7 @@ class Model:
     """Embedding, three linears and means over what came before; dropout before each linear."""
 
     dtype = torch.float32
+    optimizer = None
     dropout = 0.3
 
     def __init__(self, server: Server) -> None:
