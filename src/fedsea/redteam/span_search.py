@@ -90,6 +90,10 @@ class SpanSearch:
         if not whole:
             return Spanned(ranked)
         inside = order[distances[order] < self.tolerance]
+        # Different tokens are independent inputs: where more fit than there are directions, the
+        # span is nearly all of the space.
+        if len(inside) > _directions(whole):
+            return Spanned(ranked)
         tokens = frozenset(inside.tolist()) | {*prefix}
         if not deeper:
             return Spanned(ranked, tokens)
@@ -100,8 +104,7 @@ class SpanSearch:
     ) -> tuple[tuple[int, ...], ...]:
         candidates = torch.tensor(sorted(tokens))
         # Rows of a text are independent of each other, so there are no more than directions.
-        most = max(len(span.basis) for made in deeper.values() for span in made)
-        longest = min(self.longest, most)
+        longest = min(self.longest, _directions(deeper))
         living = [bottom.extend(Prefix(), prefix)[0] if prefix else Prefix()]
         ended = []
         while living:
@@ -120,6 +123,10 @@ class SpanSearch:
 
 def _is_first(site: Site) -> bool:
     return site.block == 0 and site.group == "attention"
+
+
+def _directions(tested: Spans) -> int:
+    return max(len(span.basis) for made in tested.values() for span in made)
 
 
 def _whole(tested: Spans) -> Spans:

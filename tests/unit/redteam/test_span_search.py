@@ -135,6 +135,17 @@ def test_more_tokens_than_rows_blur_and_do_not_hide(trained, secret):
     assert len(truth & {*found.ranked[: len(truth)]}) >= 0.6 * len(truth)
 
 
+def test_a_span_that_holds_nearly_everything_names_nobody(trained, secret):
+    """Forty tokens more than the inputs have numbers: most of the vocabulary fits, so none is said."""
+    model = trained(48, ATTENTION)
+    generator = torch.Generator().manual_seed(6)
+    drawn = torch.randint(3, 96, (8, 11), generator=generator)
+    model.backward(secret, *(torch.cat([torch.tensor([1]), ids]) for ids in drawn))
+    found = SpanSearch(tolerance=0.3).run(of_gradients(model.adapter), model.attacker(), (1,))
+
+    assert not found.tokens
+
+
 def test_full_gradients_are_the_reference(tiny_model, trained, secret):
     """The gradient of the weights themselves, as DAGER has it."""
     model = trained(4, ATTENTION)
