@@ -217,3 +217,20 @@ def test_optimizers_that_differ(folder):
         Trainer(model, config, some_examples(12))
     with connect(folder, server, optimizer=config.optimizer) as model:
         assert Trainer(model, config, some_examples(12)).run().step == CONFIG.steps
+
+
+@pytest.mark.parametrize(
+    ("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_half_precision(folder, dtype, torch_dtype):
+    """Blocks in half precision learn; in fp16 the losses are scaled, and no step is lost to it."""
+    server = TinyTrainingTrunk(folder, Partition(1, 1), Placement(dtype=torch_dtype))
+    config = replace(CONFIG, steps=8, batch_size=12, accumulate=1, learning_rate=0.05)
+    losses = Losses()
+    with connect(folder, server, dtype=dtype, lora=replace(LORA, dropout=0.0)) as model:
+        summary = Trainer(model, config, some_examples(12), callbacks=[losses]).run()
+        assert (model.loss_scale > 1) == (dtype == "fp16")
+    assert summary.step == 8
+    assert losses.found[-1] < losses.found[0]
+    assert server.optimizer is not None
+    assert server.optimizer.steps == 8
