@@ -349,11 +349,14 @@ class Training:
         """The run of a group in which nobody takes part now.
 
         It goes on where it was, unless the tenant has to go back to a step that was saved: then it
-        goes back too, but in a sequence of members not behind what others have done since.
+        goes back too, but in a sequence of members not behind what others have done since. To the
+        start it goes back only while nothing has been saved.
         """
         store, key = self._services.store, place.key
         saved = await asyncio.to_thread(store.steps, key)
         known = {step: await asyncio.to_thread(store.members, key, step) for step in saved}
+        if not saved:
+            known[0] = {}
         newest = max(saved, default=0)
         if live is not None and live.run.steps >= newest:
             newest, known[live.run.steps] = live.run.steps, dict(live.members)
@@ -362,7 +365,7 @@ class Training:
         fitting = [
             step
             for step, members in known.items()
-            if members.get(tenant) in offers
+            if members.get(tenant, None if step else 0) in offers
             and (place.group.strategy != "sequential" or _without(tenant, members) == others)
         ]
         step = max(fitting, default=newest)

@@ -462,11 +462,11 @@ class BatchMember(Member):
         answer.add_done_callback(lambda _: self._held.give_back(event.id))
         return answer
 
-    def discard(self, event: Discard) -> None:
+    async def discard(self, event: Discard) -> None:
         """Forget a forward."""
         self._forget([event.id])
 
-    def reset(self) -> None:
+    async def reset(self) -> None:
         """Forget all forwards; see the module about gradients."""
         self._shared.reset(self)
         self._forget(list(self._open))

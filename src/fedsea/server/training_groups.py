@@ -71,7 +71,7 @@ class Averaging:
         self._mean: dict[str, Tensor] | None = None
 
     def join(self, member: HierarchicalMember) -> None:
-        """Take part; a copy of which no step is done begins as the last mean.
+        """Take part; a copy of which no step is done begins as the last mean of those who do.
 
         Raises:
             ConfigError: it is trained with other options than the others'.
@@ -86,6 +86,8 @@ class Averaging:
     def leave(self, member: HierarchicalMember) -> None:
         """Take part no longer; safe to repeat."""
         self._members.discard(member)
+        if not self._members:
+            self._mean = None
         if self._waiting.pop(member, None) is not None:
             member.live.line.release()
         self._look()

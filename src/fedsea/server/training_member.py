@@ -218,12 +218,12 @@ class Member(ABC):
         """Compute gradients."""
 
     @abstractmethod
-    def discard(self, event: Discard) -> None:
-        """Forget a forward."""
+    async def discard(self, event: Discard) -> None:
+        """Forget a forward. Until this returns nothing more is read from the client."""
 
     @abstractmethod
-    def reset(self) -> None:
-        """Forget all forwards, and the gradients of the unfinished step."""
+    async def reset(self) -> None:
+        """Forget all forwards, and the gradients of the unfinished step; returns as `discard`."""
 
     @abstractmethod
     def step(self, event: Step) -> asyncio.Future[Stepped]:
@@ -316,13 +316,13 @@ class SoloMember(Member):
         answer.add_done_callback(lambda _: self._held.give_back(event.id))
         return answer
 
-    def discard(self, event: Discard) -> None:
+    async def discard(self, event: Discard) -> None:
         """Forget a forward in its turn."""
-        self._live.line.put_on_loop(lambda: self._forget(event.id))
+        await self._live.line.put_on_loop(lambda: self._forget(event.id))
 
-    def reset(self) -> None:
+    async def reset(self) -> None:
         """Forget everything of the unfinished step in its turn."""
-        self._live.line.put_on_loop(self._clear)
+        await self._live.line.put_on_loop(self._clear)
 
     def step(self, event: Step) -> asyncio.Future[Stepped]:
         """Change what is trained."""

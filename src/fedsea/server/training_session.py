@@ -76,9 +76,9 @@ class TrainingSession(Session):
             case Backward():
                 self._expect(member.backward(event))
             case Discard():
-                member.discard(event)
+                await member.discard(event)
             case Reset():
-                member.reset()
+                await member.reset()
             case Step():
                 self._expect(member.step(event))
             case Save():

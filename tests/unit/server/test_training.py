@@ -748,3 +748,21 @@ def test_a_save_without_room_is_told_and_can_be_repeated(training, fingerprint, 
             await client.close()
 
     run(dialogue())
+
+
+def test_a_flood_of_resets_waits_for_its_turn(training, fingerprint):
+    """Events without an answer are read no faster than they are applied."""
+
+    async def dialogue():
+        async with training() as service:
+            client = await TrainingClient.open(service, fingerprint)
+            await client.push(some_rows(400))
+            for _ in range(300):
+                await client.reset()
+            (entry,) = service.training._entries.values()
+            assert len(entry.live.line._waiting) < 10
+            await client.pull()
+            assert (await client.train(1, some_rows(4)))[2].applied
+            await client.close()
+
+    run(dialogue())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 from contextlib import asynccontextmanager
 
 import pytest
@@ -19,8 +20,10 @@ from fedsea.model.optimization import AdamWConfig, AdapterOptimizer, step_genera
 from fedsea.model.partition import Span
 from fedsea.model.spans import Placement, load_trunk
 from fedsea.server.training_run import TrainingRun
+from fedsea.server.training_store import GROUPS, RunKey
 from fedsea.wire.messages import Forward, Lora
 
+WARD = RunKey(GROUPS, "ward")
 TENANTS = ("acme", "globex", "initech")
 
 
@@ -491,6 +494,38 @@ def test_a_batch_goes_on_after_a_restart(group, join):
     run(dialogue())
 
 
+def test_a_batch_begins_anew_while_nothing_is_saved(group, join):
+    """Members that were all killed before their first save take the same steps again."""
+
+    async def dialogue():
+        async with group("client-batch", gather_s=20.0) as service:
+            found = []
+            for _ in range(2):
+                members = [await join(service, tenant) for tenant in TENANTS[:2]]
+                rows = some_rows(5), some_rows(7)
+                found.append(await asyncio.gather(*map(trained, members, (1, 1), rows)))
+                for member in members:
+                    await member.vanish()
+                await until_empty(service)
+            assert [each[2] for each in found[0]] == [each[2] for each in found[1]]
+            # What one member has saved is not given up because another has lost its files.
+            one = await join(service, "acme", resume_steps=(1,))
+            await one.save(1)
+            await one.close()
+            other = await join(service, "globex", resume_steps=(0,))
+            _, _, stepped = await other.train(1, some_rows(3))
+            assert (stepped.number, service.training._entries[WARD].live.run.steps) == (1, 2)
+            await other.close()
+
+    run(dialogue())
+
+
+async def until_empty(service):
+    """Wait until the service has noticed that nobody is there."""
+    while any(entry.seated for entry in service.training._entries.values()):  # noqa: ASYNC110
+        await asyncio.sleep(0)
+
+
 # A copy for each
 
 
@@ -612,5 +647,78 @@ def test_a_waiting_member_that_vanishes(group, join):
             assert all(stepped.applied for _, _, stepped in found)
             for member in (one, two):
                 await member.close()
+
+    run(dialogue())
+
+
+class Restless:
+    """A member that does what it likes within the protocol, and comes back whenever it is sent away."""
+
+    def __init__(self, service, join, tenant, seed):
+        self.service, self.join, self.tenant = service, join, tenant
+        self.chance = random.Random(f"{tenant} {seed}")
+        self.done = 0
+
+    async def live(self):
+        """Take four steps, whatever happens in between."""
+        client = await self.open()
+        while self.done < 4:
+            try:
+                if self.chance.random() < 0.15:
+                    await client.vanish()
+                    client = await self.open()
+                await self.step(client)
+            except (StaleStep, Capacity):
+                client = await self.open()
+        await client.close()
+
+    async def open(self):
+        """Begin, or go on."""
+        while True:
+            try:
+                client = await self.join(self.service, self.tenant, resume_steps=(self.done,))
+            except Capacity:
+                await asyncio.sleep(0)
+                continue
+            assert client.step == self.done
+            return client
+
+    async def step(self, client):
+        """Some forwards, most of their gradients, in any order, and a step."""
+        sent = []
+        for _ in range(self.chance.randint(0, 3)):
+            rows = some_rows(self.chance.randint(1, 6), self.chance.randint(0, 99))
+            sent.append((await client.push(rows), rows))
+        hidden = {number: await client.pull() for number, _ in sent}
+        self.chance.shuffle(sent)
+        for number, _ in sent:
+            match self.chance.choice(["back", "back", "back", "discard", "reset", "vanish"]):
+                case "back":
+                    await client.backward(number, 2 * hidden[number])
+                case "discard":
+                    await client.discard(number)
+                case "reset":
+                    await client.reset()
+                    break
+                case "vanish":
+                    await client.vanish()
+                    raise StaleStep("gone")
+        stepped = await client.take_step(self.done + 1)
+        assert stepped.applied
+        self.done += 1
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "client-batch", "server-hierarchical"])
+@pytest.mark.parametrize("seed", range(2))
+def test_whatever_members_do_the_group_goes_on(group, join, strategy, seed):
+    """Three members that forget, vanish and come back all take their steps; nothing is left."""
+
+    async def dialogue():
+        async with group(
+            strategy, gather_s=0.005, deadline_s=0.2, workers=2, average_every=2
+        ) as service:
+            members = [Restless(service, join, tenant, seed) for tenant in TENANTS]
+            await asyncio.gather(*(member.live() for member in members))
+            assert [member.done for member in members] == [4, 4, 4]
 
     run(dialogue())
