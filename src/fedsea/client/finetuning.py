@@ -26,7 +26,7 @@ from fedsea.client.examples import (
 )
 from fedsea.client.llm import load_tokenizer
 from fedsea.client.remote import Patience, Tell
-from fedsea.client.trainer import CHECKPOINTS, Callback, Summary, Trainer, ended_run
+from fedsea.client.trainer import CHECKPOINTS, MOST_OFFERED, Callback, Summary, Trainer, ended_run
 from fedsea.client.training import PARTS, SplitForTraining
 from fedsea.client.training_config import SECTION, TrainerConfig
 from fedsea.client.training_metrics import CsvMetrics, TensorBoardMetrics
@@ -372,7 +372,7 @@ class Finetuning:
             prompt_rows=lora.prompt_rows,
             optimizer=self.config.training.optimizer,
             seed=self.config.training.seed,
-            resume_steps=self._steps or (0,),
+            resume_steps=self._steps[-MOST_OFFERED:] or (0,),
             weight=float(len(self.train_set)),
             dtype=parts.dtype,
             device=parts.device,

@@ -55,6 +55,9 @@ SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 
+MOST_OFFERED = 64
+"""Steps to go on from that the protocol lets a client offer."""
+
 # What ends a session and can be mended by opening another one.
 _BROKEN = (TransportError, SessionLost, Draining, StaleStep)
 _MAX_BREAKS = 8
@@ -66,8 +69,6 @@ _SCALE_GROWS_AFTER = 2000
 # Over so many of the last steps the speed is measured.
 _SPEED_STEPS = 20
 _NAMED_EXAMPLES = 8
-# Most steps that the protocol lets a client offer.
-_MOST_OFFERED = 64
 _FORMAT = 1
 # Settings that do not change what is computed, so that a run may go on with others.
 _FREE_SETTINGS = ("keep", "reconnect_s", "save_every")
@@ -328,7 +329,7 @@ class Trainer:
         here = {self._state.step} | set(self._kept.steps() if self._kept else ())
         if self._pending is not None:
             here.add(self._pending.number)
-        offered = sorted(here)[-_MOST_OFFERED:]
+        offered = sorted(here)[-MOST_OFFERED:]
         found = self._model.trunk.open(offered, self._config.reconnect_s)
         self._connected = True
         self._measure()
