@@ -57,7 +57,7 @@ INSIDE = 0.99
 ATTACKS = ("nn", "r1", "r2")
 MU = (8.0, 20.0, 40.0, 60.0, 200.0)
 OTHER_MU = 40.0
-MU_OF_WIDTHS = (8.0, 20.0, 60.0, 200.0)
+FEWER_MU = (20.0, 40.0, 60.0, 200.0)
 NOISE_SEEDS = (0, 1)
 TRAINING_SEEDS = (0, 1, 2)
 _NORMAL_95 = 1.96
@@ -223,9 +223,9 @@ class Line:
     cells: dict[str, Cell]
 
 
-def by_mu(subject: Subject, width: int) -> Iterator[Line]:
+def by_mu(subject: Subject, width: int, mus: tuple[float, ...]) -> Iterator[Line]:
     """The shape of Table 7."""
-    cuts = subject.cuts(width, MU)
+    cuts = subject.cuts(width, mus)
     recovered = subject.recoveries(width, cuts)
     other = subject.prompt(cuts[OTHER_MU])
     for mu, cut in cuts.items():
@@ -241,7 +241,7 @@ def by_mu(subject: Subject, width: int) -> Iterator[Line]:
 
 def of_width(subject: Subject, width: int) -> Iterator[Line]:
     """The lines of one width in the shape of Table 8."""
-    cuts = subject.cuts(width, MU_OF_WIDTHS)
+    cuts = subject.cuts(width, FEWER_MU)
     recovered = subject.recoveries(width, cuts)
     for mu, cut in cuts.items():
         cells = {
@@ -259,7 +259,6 @@ def controls(subject: Subject) -> dict[str, Cell]:
         "frequencies of tokens, no model": frequencies(subject.text, subject.checkpoint),
         "no noise, no prompt": subject.cell(clean),
         "no noise, prompt": subject.cell(clean, subject.prompt(clean)),
-        "no noise, LoRA": subject.cell(clean, subject.adapter(clean)),
         "nothing is sent, no prompt": subject.cell(silent),
         "nothing is sent, prompt": subject.cell(silent, subject.prompt(silent)),
         "nothing is sent, LoRA": subject.cell(silent, subject.adapter(silent)),
@@ -319,11 +318,16 @@ def measured_controls(source: Source) -> dict[str, Cell]:
     return controls(source.subject())
 
 
-def measured_by_mu(source: Source) -> tuple[list[Line], list[Cell]]:
-    """One model in the shape of Table 7, and one of its prompts from several seeds."""
+def measured_by_mu(source: Source, mus: tuple[float, ...]) -> list[Line]:
+    """One model in the shape of Table 7."""
     subject = source.subject()
-    width = subject.checkpoint.hidden_size // 4
-    return list(by_mu(subject, width)), seeds(subject, width)
+    return list(by_mu(subject, subject.checkpoint.hidden_size // 4, mus))
+
+
+def measured_seeds(source: Source) -> list[Cell]:
+    """One of its prompts from several seeds."""
+    subject = source.subject()
+    return seeds(subject, subject.checkpoint.hidden_size // 4)
 
 
 def measured_width(source: Source, width: int) -> list[Line]:
@@ -337,7 +341,7 @@ class Measured:
 
     controls: dict[str, dict[str, Cell]]
     by_mu: list[Line]
-    seeds: dict[str, list[Cell]]
+    seeds: list[Cell]
     by_width: list[Line]
 
 
@@ -346,23 +350,27 @@ def measure(sources: list[Source], processes: int) -> Measured:
     names = [source.folder.name for source in sources]
     hidden = Checkpoint.open(sources[0].folder).hidden_size
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        mus = [pool.submit(measured_by_mu, source) for source in sources]
+        mus = [
+            pool.submit(measured_by_mu, source, FEWER_MU if number else MU)
+            for number, source in enumerate(sources)
+        ]
+        spread = pool.submit(measured_seeds, sources[0])
         widths = [
             pool.submit(measured_width, sources[0], width)
             for width in (hidden // 8, hidden // 2, hidden)
         ]
         columns = [pool.submit(measured_controls, source) for source in sources]
-        lines = [line for each in mus for line in each.result()[0]]
+        lines = [line for each in mus for line in each.result()]
         same = [
             dataclasses.replace(line, cells=dict(list(line.cells.items())[:2]))
             for line in lines
-            if line.model == names[0] and line.mu in MU_OF_WIDTHS
+            if line.model == names[0] and line.mu in FEWER_MU
         ]
         narrow = [line for each in widths for line in each.result()]
         return Measured(
             {name: each.result() for name, each in zip(names, columns, strict=True)},
             lines,
-            {name: each.result()[1] for name, each in zip(names, mus, strict=True)},
+            spread.result(),
             sorted([*narrow, *same], key=lambda line: (line.width, line.mu)),
         )
 
@@ -402,10 +410,10 @@ def page(command: str, budget: Budget, found: Measured, minutes: float) -> Itera
     for name in columns[0]:
         yield _row(name, *(_with_agreement(column[name]) for column in columns))
     yield from ("", "## By mu, as in Table 7", "", *lines_table(found.by_mu), "")
-    for name, cells in found.seeds.items():
-        shown = ", ".join(f"{cell.perplexity:.1f}" for cell in cells)
-        yield f"The prompt of {name} at mu = {OTHER_MU:g}, from {len(cells)} seeds: {shown}."
-        yield ""
+    shown = ", ".join(f"{cell.perplexity:.1f}" for cell in found.seeds)
+    first = found.by_mu[0].model
+    yield f"The prompt of {first} at mu = {OTHER_MU:g}, from {len(found.seeds)} seeds: {shown}."
+    yield ""
     yield from ("## By width, as in Table 8", "", *lines_table(found.by_width), "")
     yield f"All of it took {minutes:.0f} minutes."
 
@@ -416,8 +424,8 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--training", type=Path, required=True)
     parser.add_argument("--held-out", type=Path, required=True)
-    parser.add_argument("--projection-steps", type=int, default=150)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--projection-steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--prompt-rate", type=float, default=0.05)
     parser.add_argument("--adapter-rate", type=float, default=0.005)
     parser.add_argument("--rows", type=int, default=20)

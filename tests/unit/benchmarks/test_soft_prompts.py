@@ -38,7 +38,7 @@ def test_the_page_shows_every_setting_with_its_interval_and_its_attack():
     measured = Measured(
         {"tiny": {"frequencies": unknown, "no noise": CELL}},
         [line(8.0), line(60.0)],
-        {"tiny": [CELL, CELL]},
+        [CELL, CELL],
         [line(20.0)],
     )
     text = "\n".join(page("command", BUDGET, measured, 2.0))
