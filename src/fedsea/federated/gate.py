@@ -14,6 +14,7 @@ import logging
 import re
 import ssl
 import threading
+import time
 from collections.abc import Awaitable, Callable, Collection
 from typing import Final
 
@@ -130,6 +131,7 @@ class Tunnel:
     Attributes:
         address: where it listens on loopback.
         lost: set when the gate could not be reached.
+        answered: when something last came from the gate, on the monotonic clock.
     """
 
     def __init__(self, gate: Address, tls: ClientTLS) -> None:
@@ -140,6 +142,7 @@ class Tunnel:
         self._context.minimum_version = ssl.TLSVersion.TLSv1_3
         self._context.load_cert_chain(tls.certificate, tls.key)
         self.lost = threading.Event()
+        self.answered = time.monotonic()
         self._background = Background("federation-tunnel")
         here = Address(LOOPBACK, 0)
         self._server = self._background.run(_listening(self._serve, here, None))
@@ -164,7 +167,8 @@ class Tunnel:
             back.close()
             return
         self.lost.clear()
-        pumps = [asyncio.create_task(_pump(near, forth)), asyncio.create_task(_pump(far, back))]
+        answers = _pump(far, back, self._note_answer)
+        pumps = [asyncio.create_task(_pump(near, forth)), asyncio.create_task(answers)]
         try:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -172,8 +176,12 @@ class Tunnel:
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
-            forth.close()
+            # What went forth was drained; a TLS farewell would be waited for.
+            forth.transport.abort()
             back.close()
+
+    def _note_answer(self) -> None:
+        self.answered = time.monotonic()
 
 
 def body_length(head: bytes) -> int | None:
@@ -223,9 +231,14 @@ async def _exactly(near: asyncio.StreamReader, forth: asyncio.StreamWriter, leng
     await forth.drain()
 
 
-async def _pump(near: asyncio.StreamReader, forth: asyncio.StreamWriter) -> None:
+async def _pump(
+    near: asyncio.StreamReader,
+    forth: asyncio.StreamWriter,
+    came: Callable[[], None] = lambda: None,
+) -> None:
     with contextlib.suppress(OSError, ssl.SSLError):
         while part := await near.read(_CHUNK):
+            came()
             forth.write(part)
             await forth.drain()
         forth.close()

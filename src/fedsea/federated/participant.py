@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,8 @@ from fedsea.transport.credentials import ClientTLS
 _POLL_S: Final = 0.5
 _AGAIN_S: Final = 3.0
 _LAST_S: Final = 15.0
+# A node asks every few seconds while it is idle, and beats every half a minute while it is not.
+_SILENT_S: Final = 120.0
 
 
 class Participant:
@@ -63,7 +66,7 @@ class Participant:
     def run(self, notice: Callable[[str], None]) -> bool:
         """Take part; whether the federation came to its end.
 
-        A SuperNode that ends, because the aggregator went away, is started again.
+        A SuperNode that ends or falls silent, because the aggregator went away, is started again.
         """
         while not self._stopped.is_set():
             node = self._programs.start(
@@ -71,11 +74,14 @@ class Participant:
                 *("--superlink", str(self._tunnel.address), "--insecure"),
                 *("--host", LOOPBACK, "--port", str(free_port())),
             )
+            started = time.monotonic()
             while node.poll() is None and not self._stopped.is_set():
                 if self._ended.wait(_POLL_S):
                     # The answer to the last request is on its way through the SuperNode.
                     self._tunnel.lost.wait(_LAST_S)
                     return True
+                if time.monotonic() - max(started, self._tunnel.answered) > _SILENT_S:
+                    break
             self._programs.close()
             if not self._stopped.wait(_AGAIN_S):
                 notice("the connection to the aggregator ended; trying again")

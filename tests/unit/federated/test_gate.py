@@ -134,6 +134,7 @@ def post(address, path, context=None):
 def test_a_tunnel_leads_through_the_gate(gate, link, certificates):
     """Several requests on one connection reach the link whole."""
     tunnel = tunnel_to(gate, certificates, "acme")
+    before = tunnel.answered
     connection = http.client.HTTPConnection(tunnel.address.host, tunnel.address.port, timeout=10)
     for body in (b"first", b"x" * 200_000):
         connection.request("POST", "/v1/fleet/push-object", body=body)
@@ -141,6 +142,7 @@ def test_a_tunnel_leads_through_the_gate(gate, link, certificates):
     connection.close()
     tunnel.close()
 
+    assert tunnel.answered > before
     assert [(path, len(body)) for path, body in link.seen] == [
         ("/v1/fleet/push-object", 5),
         ("/v1/fleet/push-object", 200_000),
