@@ -36,7 +36,7 @@ from fedsea.tasks.loading import load
 TOKENS = 32
 # As in the paper: attention only.
 LORA = LoraConfig(rank=8, alpha=16, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
-FEDSEA_SCALES = (0.02, 0.05, 0.1)
+FEDSEA_SCALES = (0.02, 0.1)
 
 
 def stories(assets: Path, encode: Encode, examples: int, held_out: int) -> TrainingData:
@@ -96,7 +96,7 @@ def r8(plan: TrainingPlan) -> TrainingPlan:
     """The released adapter, without and with noise on what crosses the wire."""
     both = Guarded(FedSEAGaussian(0.1), Gaussian(0.1, 8.0, Clipping.FROBENIUS))
     return replace(
-        plan, attacks=("r8",), guards=(both,), steps=80, batch=8, attacked=1, canaries=40,
+        plan, attacks=("r8",), guards=(both,), steps=40, batch=8, attacked=1, canaries=32,
         learning_rate=5e-3,
     )  # fmt: skip
 
@@ -104,8 +104,8 @@ def r8(plan: TrainingPlan) -> TrainingPlan:
 def decoder(plan: TrainingPlan) -> TrainingPlan:
     """The decoder of a malicious client, by FedSEA's noise on rows."""
     guards = tuple(Guarded(rows=FedSEAGaussian(scale)) for scale in FEDSEA_SCALES)
-    recipe = Recipe(Architecture.TRANSFORMER, hidden=128, steps=150, learning_rate=3e-3)
-    return replace(plan, attacks=("r1", "r4t"), guards=guards, steps=2, attacked=2, recipe=recipe)
+    recipe = Recipe(Architecture.TRANSFORMER, hidden=128, steps=80, texts=256, learning_rate=4e-3)
+    return replace(plan, attacks=("r1", "r4t"), guards=guards, steps=1, attacked=1, recipe=recipe)
 
 
 Part = Callable[[TrainingPlan], TrainingPlan]
@@ -113,7 +113,7 @@ PARTS: dict[str, tuple[Callable[..., TrainingData], Part, tuple[int, int]]] = {
     "r3": (stories, r3, (32, 16)),
     "labels": (sentiments, r3, (64, 16)),
     "r7": (stories, r7, (32, 16)),
-    "r8": (stories, r8, (64, 300)),
+    "r8": (stories, r8, (48, 200)),
     "decoder": (stories, decoder, (32, 16)),
 }
 
