@@ -462,7 +462,9 @@ def _read(kind: type[Any], name: str, table: Table, base: Path | None, overrides
     if kind is QuotasSection:
         return _quotas({**table, **overrides})
     if kind is TrainingSection:
-        groups = _named(GroupSection, "training.groups", table_at(table, "groups"), base)
+        groups = _named(
+            GroupSection, "training.groups", table_at(table, "groups", "training.groups"), base
+        )
         flat = {key: value for key, value in table.items() if key != "groups"}
         return replace(section(kind, name, flat, base, overrides), groups=groups)
     if kind is ServerSection:

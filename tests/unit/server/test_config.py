@@ -167,3 +167,68 @@ def test_lists_of_paths(tmp_path):
         file.write_text(f"{model}projections = {wrong}\n")
         with pytest.raises(ConfigError, match=r"model\.projections is no list of paths"):
             ServerConfig.load(file)
+
+
+TRAINING = """
+[server]
+model = "hub/name"
+
+[training]
+folder = "trainings"
+workers = 2
+
+[training.groups.ward]
+strategy = "client-batch"
+tenants = ["acme", "globex"]
+min_members = 2
+"""
+
+
+def test_training_and_its_groups_are_read(tmp_path):
+    """The folder is relative to the file; a group has a section of its own."""
+    file = tmp_path / "server.toml"
+    file.write_text(TRAINING)
+    section = ServerConfig.load(file, {"training": {"kept_rows": 5}}).training
+    assert section.folder == tmp_path / "trainings"
+    assert (section.workers, section.kept_rows) == (2, 5)
+    group = section.groups["ward"]
+    assert (group.strategy, group.tenants) == ("client-batch", ("acme", "globex"))
+    assert (group.min_members, group.average_every) == (2, 1)
+    assert ServerConfig.from_table({"server": {"model": "m"}}).training.folder is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"strategy": "clientbatch"}, "'clientbatch'; choose one of sequential, client-batch"),
+        ({"tenants": []}, "without tenants"),
+        ({"min_members": 3}, "above the number of tenants"),
+        ({"deadline_s": 0}, "deadline_s must be positive"),
+        ({"average_every": 0}, "average_every is 0; give at least 1"),
+        ({"gather_s": -1.0}, "gather_s is -1.0; give at least 0"),
+        ({"tenant": ["acme"]}, "tenant is no key of section .training.groups.ward."),
+        ({"tenants": "acme"}, "training.groups.ward.tenants is no list of texts"),
+    ],
+)
+def test_mistakes_in_a_group_are_named(keys, message):
+    """Every key of a group is checked when the file is read."""
+    group = {"strategy": "client-batch", "tenants": ["acme", "globex"], **keys}
+    table = {"server": {"model": "m"}, "training": {"groups": {"ward": group}}}
+    with pytest.raises(ConfigError, match=message):
+        ServerConfig.from_table(table)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"workers": 0}, "training.workers is 0; give at least 1"),
+        ({"kept_rows": -1}, "training.kept_rows is -1; give at least 0"),
+        ({"keep": 0}, "training.keep is 0; give at least 1"),
+        ({"groups": []}, "training.groups is a single value"),
+        ({"groups": {"ward": {"tenants": ["acme"]}}}, "training.groups.ward.strategy is missing"),
+    ],
+)
+def test_mistakes_in_training_are_named(keys, message):
+    """So are its own."""
+    with pytest.raises(ConfigError, match=message):
+        ServerConfig.from_table({"server": {"model": "m"}, "training": keys})
