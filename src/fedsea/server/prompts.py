@@ -27,7 +27,8 @@ from fedsea.server.config import EVERY_TENANT, PromptSection
 SEQUENCE: Final = -1
 """The prompt's sequence in an account; clients count from 0."""
 _CHUNK_ROWS = 256
-_MOST_KEPT = 64
+_KEPT_SHARE = 16
+"""Kept rows of prompts take at most one part in so many of the memory of the KV pool, again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +124,14 @@ class _Kept:
 
 
 class PromptRows:
-    """Keys and values of prompts, computed once and copied into the accounts that use them."""
+    """Keys and values of prompts, computed once and copied into the accounts that use them.
+
+    Those of the prompts that were used last are kept, up to a share of the pool's rows.
+    """
 
     def __init__(self, runner: SpanRunner) -> None:
         self._runner = runner
+        self._most_rows = runner.pool.num_rows // _KEPT_SHARE
         self._kept: OrderedDict[tuple[int, int, int], _Kept] = OrderedDict()
 
     def lay(self, account: int, prompt: SoftPrompt, adapter: Adapter | None, capacity: int) -> None:
@@ -142,7 +147,7 @@ class PromptRows:
             self._compute(account, prompt, adapter, skip)
             slots = runner.slots(account, SEQUENCE, skip, prompt.count)
             self._kept[key] = _Kept(prompt, adapter, runner.cache.read(slots))
-            if len(self._kept) > _MOST_KEPT:
+            while sum(each.prompt.count for each in self._kept.values()) > self._most_rows:
                 self._kept.popitem(last=False)
         else:
             self._kept.move_to_end(key)
