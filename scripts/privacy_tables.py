@@ -191,6 +191,33 @@ def training_updates() -> str:
     return _table(head, *rows)
 
 
+def training_released() -> str:
+    """Members and canaries of a released adapter."""
+    rows = [
+        (row.model, f"`{row.parameters}`", TITLES[row.attack], percent(row.prior),
+         percent(row.recovery), _ends(row), _beside(row))
+        for row in _training()
+        if row.attack in ("auc", "r8", "canary", "audit")
+    ]  # fmt: skip
+    head = ("model", "what protects", "attack", "a guess", "measured", "95 %", "")
+    return _table(head, *rows)
+
+
+def training_decoder() -> str:
+    """The decoder of a malicious client, with the overlap of words that papers report."""
+    rows = [
+        (row.model, str(row.bottom), f"`{row.parameters}`", f"{row.noise:.2f}", row.attack,
+         percent(row.recovery), _ends(row),
+         *(f"{row.details[name] * 100:.0f}" for name in ("rougeL", "bleu")),
+         *(f"{row.details[f'guess_{name}'] * 100:.0f}" for name in ("rougeL", "bleu")))
+        for row in _training()
+        if row.attack in ("r1", "r4t")
+    ]  # fmt: skip
+    head = ("model", "bottom", "what protects", "noise / rows", "attack", "recovered", "95 %")
+    overlap = ("ROUGE-L", "BLEU-4", "ROUGE-L of a guess", "BLEU-4 of a guess")
+    return _table((*head, *overlap), *rows)
+
+
 def _training() -> list[Row]:
     return parse(_newest("*-redteam-training.json").read_text(encoding="utf-8"))
 
@@ -201,6 +228,14 @@ def _what(row: Row) -> str:
 
 def _ends(row: Row) -> str:
     return f"{row.low * 100:.0f} to {row.high * 100:.0f} %"
+
+
+def _beside(row: Row) -> str:
+    if row.attack == "canary":
+        return f"mean exposure {row.details['mean_exposure']:.1f} bits"
+    if row.attack == "audit":
+        return f"epsilon at least {row.details['epsilon']:.2f}"
+    return f"{row.details['members']:.0f} members"
 
 
 def narrowed() -> str:
@@ -281,6 +316,8 @@ TABLES: Final[dict[str, Callable[[], str]]] = {
     "learned": learned,
     "training-gradients": training_gradients,
     "training-updates": training_updates,
+    "training-released": training_released,
+    "training-decoder": training_decoder,
     "narrowed": narrowed,
     "projection": projection,
     "denoiser": denoiser,
