@@ -26,13 +26,14 @@ from flwr.common import (
 from flwr.server.strategy import FedAdam, FedAvg
 
 from fedsea.errors import CheckpointError, ConfigError
-from fedsea.federated.arrays import Arrays, in_order, named, plus
+from fedsea.federated.arrays import Arrays, in_order, named, norm, plus
 from fedsea.federated.config import Kind, StrategySection
 from fedsea.federated.unit_update import UnitUpdate
 from fedsea.privacy.noise import NoiseSource
 
 _OK: Final = Status(Code.OK, "")
 _ADAM: Final = ("m", "v")
+_ROUNDING: Final = 1e-5
 
 
 class Contributions(list[tuple[str, int, Arrays]]):
@@ -155,8 +156,10 @@ class NormFedAvg(Averaging):
 
         w <- w + learning_rate (sum_i u_i + N(0, sigma^2)) / m
 
-    Every client weighs the same. m is the number of updates, or, where neighbours differ by a
-    client, the number of clients that were expected, which is public.
+    Every client weighs the same, and an update that comes longer than 1 is shortened. (One of many
+    under secure aggregation cannot be: there the clients are trusted with that.) m is the number of
+    updates, or, where neighbours differ by a client, the number of clients that were expected,
+    which is public.
 
     Args:
         learning_rate: length of the step along the mean.
@@ -184,13 +187,18 @@ class NormFedAvg(Averaging):
         del round_
         total = {name: np.zeros_like(array) for name, array in arrays.items()}
         for _, weight, update in updates.by_name():
-            total = plus(total, update, weight)
+            total = plus(total, self._bounded(update), weight)
         count = sum(weight for _, weight, _ in updates)
         if self._mechanism is not None:
             total = self._mechanism.noised(total, self._noise)
             if self._mechanism.sensitivity < 2:  # the count itself tells who took part
                 count = self._expected
         return plus(arrays, total, self._learning_rate / count)
+
+    def _bounded(self, update: Arrays) -> Arrays:
+        """An update, or a mean of updates, of norm 1 at most, as the noise takes it to be."""
+        longer = self._mechanism is not None and norm(update) > 1 + _ROUNDING
+        return UnitUpdate.normalized(update) if longer else update
 
 
 def averaging(
