@@ -190,6 +190,8 @@ class Live:
         return answer
 
     def _guarded(self, job: Job[_T], worker: Worker) -> _T:
+        if self.run.is_broken:  # nothing of it may be computed with, or saved
+            raise FedseaError(FAILED)
         try:
             return job(worker)
         except FedseaError:

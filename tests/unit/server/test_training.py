@@ -6,7 +6,7 @@ import asyncio
 import errno
 import math
 import os
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ from fedsea.server.training_store import RunKey
 from fedsea.transport.memory import MemoryChannel
 from fedsea.wire.codecs import Codec
 from fedsea.wire.description import decode_description
-from fedsea.wire.messages import Lora
+from fedsea.wire.messages import Lora, Save, Step
 
 
 def run(dialogue, seconds=60):
@@ -763,6 +763,36 @@ def test_a_flood_of_resets_waits_for_its_turn(training, fingerprint):
             assert len(entry.live.line._waiting) < 10
             await client.pull()
             assert (await client.train(1, some_rows(4)))[2].applied
+            await client.close()
+
+    run(dialogue())
+
+
+def test_a_broken_run_is_not_saved(training, fingerprint, monkeypatch):
+    """What was asked for behind a defect is refused: the last good step stays the saved one."""
+
+    def fail(*_, **__):
+        raise RuntimeError("half a step")
+
+    async def dialogue():
+        async with training() as service:
+            client = await TrainingClient.open(service, fingerprint)
+            await client.train(1, some_rows(5))
+            assert await client.save(1) == ""
+            monkeypatch.setattr(AdapterOptimizer, "apply", fail)
+            await client.send(Step(2, 0.1))
+            with suppress(FedseaError):
+                await client.send(Save(2))
+                await client.send(Save(1))
+            with pytest.raises(FedseaError, match="failed to compute"):
+                await client.receive()
+            (entry,) = service.training._entries.values()
+            with pytest.raises(FedseaError, match="failed to compute"):
+                await entry.live.put(lambda _: service.training._services.store)
+            assert service.training._services.store.steps(RunKey("local", "clinic")) == [1]
+            monkeypatch.undo()
+            client = await TrainingClient.open(service, fingerprint, resume_steps=(1,))
+            assert (await client.train(2, some_rows(5)))[2].applied
             await client.close()
 
     run(dialogue())
