@@ -87,6 +87,20 @@ def r3(plan: TrainingPlan) -> TrainingPlan:
     )
 
 
+def labels(plan: TrainingPlan) -> TrainingPlan:
+    """Answers of a classification, in one step."""
+    return replace(
+        plan,
+        attacks=("r3t",),
+        guards=(Guarded(rows=FedSEAGaussian(0.1)),),
+        gradient_noise=(1.0, 4.0),
+        gradient_mu=(4.0,),
+        batch=8,
+        steps=1,
+        attacked=1,
+    )
+
+
 def r7(plan: TrainingPlan) -> TrainingPlan:
     """Updates, by rank."""
     return replace(plan, attacks=("r7",), steps=2, attacked=1, ranks=(4, 16, 64))
@@ -111,7 +125,7 @@ def decoder(plan: TrainingPlan) -> TrainingPlan:
 Part = Callable[[TrainingPlan], TrainingPlan]
 PARTS: dict[str, tuple[Callable[..., TrainingData], Part, tuple[int, int]]] = {
     "r3": (stories, r3, (32, 16)),
-    "labels": (sentiments, r3, (64, 16)),
+    "labels": (sentiments, labels, (16, 8)),
     "r7": (stories, r7, (32, 16)),
     "r8": (stories, r8, (48, 200)),
     "decoder": (stories, decoder, (32, 16)),
