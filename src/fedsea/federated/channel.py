@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import struct
@@ -39,6 +40,8 @@ MAX_BODY: Final = 1 << 31
 _LENGTHS: Final = struct.Struct("<IQ")
 _LONGEST_PATH: Final = 100
 _IDLE_S: Final = 30.0
+
+_log = logging.getLogger(__name__)
 
 Header = dict[str, Any]
 Handler = Callable[[Header, Arrays], tuple[Header, Arrays]]
@@ -164,6 +167,7 @@ class Listener:
         except ConnectionLost:
             raise
         except FedseaError as error:
+            _log.warning("a request was not answered: %s", error)
             return encode({"error": str(error), "code": error.code}, {})
 
 

@@ -31,7 +31,7 @@ from flwr.common import (
 )
 
 from fedsea import settings
-from fedsea.errors import ConfigError
+from fedsea.errors import ConfigError, FedseaError
 from fedsea.federated import secure
 from fedsea.federated.arrays import Arrays, in_order
 from fedsea.federated.channel import call
@@ -102,7 +102,15 @@ def from_environment() -> ClientApp:
         raise ConfigError("no client process is named; start with `fedsea federate client`")
     text = os.environ.get(TERMS, "")
     terms = settings.section(SecureSection, "secure", json.loads(text)) if text else None
-    return client_app(lambda header, arrays: call(path, header, arrays), terms)
+
+    def ask(header: dict[str, Any], arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+        try:
+            return call(path, header, arrays)
+        except FedseaError as error:
+            # Flower passes messages of errors on to the aggregator, whom they do not concern.
+            raise type(error)("this client did not answer; its own log says why") from None
+
+    return client_app(ask, terms)
 
 
 def numbered(parameters: Parameters) -> Arrays:

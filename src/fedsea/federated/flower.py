@@ -27,7 +27,7 @@ from fedsea.federated.gate import LOOPBACK
 
 _STARTED_BY_FLOWER: Final = ("flower-superexec", "flwr-serverapp", "flwr-clientapp")
 _CONNECTION: Final = "federation"
-_START_S: Final = 60.0
+_START_S: Final = 120.0
 _END_S: Final = 5.0
 _POLL_S: Final = 0.1
 _PROXIES: Final = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
@@ -71,10 +71,14 @@ class Programs:
         """Run a program to its end.
 
         Raises:
-            TransportError: it failed.
+            TransportError: it failed, or took too long.
         """
         process = self.start(name, *arguments)
-        if process.wait(_START_S) != 0:
+        try:
+            failed = process.wait(_START_S) != 0
+        except subprocess.TimeoutExpired:
+            failed = True
+        if failed:
             raise TransportError(f"{name} failed; see {self._folder / f'{name}.log'}")
 
     def wait_for(self, process: subprocess.Popen[bytes], name: str, port: int) -> None:
