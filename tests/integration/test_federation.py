@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import shutil
 import signal
 import ssl
 import subprocess
@@ -338,3 +339,27 @@ def test_a_simulation_trains_through_a_real_server(tiny_model, tmp_path):
     tops = [read_adapter(tmp_path / f"out-{name}" / "adapter", Span(4, 5)) for name in NAMES[:2]]
     first, second = ([factors.b.detach() for factors in top.factors.values()] for top in tops)
     assert any(not torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_nothing_is_looked_up(network, tmp_path):
+    """An aggregator and its Flower connect to loopback only: no telemetry, no names, no updates."""
+    strace = shutil.which("strace")
+    if strace is None or subprocess.run([strace, "-qq", "true"], check=False).returncode != 0:
+        pytest.skip("no strace that may trace here")
+    network.aggregate(NAMES[:2], rounds=1).close()
+    code = (
+        "import sys; from pathlib import Path; from fedsea.federated.aggregator import Aggregator\n"
+        "made = Aggregator(Path(sys.argv[1])); made._programs.submit(made._link); made.close()"
+    )
+    traced = tmp_path / "traced"
+    command = [strace, "-f", "-qq", "-e", "trace=connect,sendto", "-o", str(traced)]
+    subprocess.run(
+        [*command, sys.executable, "-c", code, str(tmp_path / "federation.toml")],
+        check=True,
+        timeout=200,
+    )
+
+    lines = [line for line in traced.read_text().splitlines() if "AF_INET" in line]
+
+    assert lines
+    assert all('inet_addr("127.0.0.1")' in line for line in lines)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -51,6 +51,7 @@ _STATE: Final = "strategy.safetensors"
 _KIND: Final = "federation"
 _LINES: Final = "rounds.jsonl"
 _ASK_S: Final = 60.0
+_ASK_AGAIN_S: Final = 20.0
 _POLL_S: Final = 0.5
 
 _log = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ class Federation:
         self._report = report
         self._notice = notice
         self._members: dict[int, Member | None] = {}
+        self._doubted: set[int] = set()
         self._steps = Steps(config.federation.folder / "rounds", config.federation.keep)
         self._mechanism = mechanism_of(config.privacy)
         expected = len(config.federation.clients)
@@ -168,6 +170,7 @@ class Federation:
             collected = self._masked if self._config.secure.enabled else self._clear
             found = collected(number, arrays, members)
             if len(found.clients) >= least:
+                self._doubt(member for member in members if member.name not in found.clients)
                 return found, members
             self._notice(
                 f"round {number}: {len(found.clients)} clients finished it and {least} are needed; "
@@ -289,13 +292,25 @@ class Federation:
         self._members = {node: self._members[node] for node in nodes if node in self._members}
         unknown = [node for node in nodes if node not in self._members]
         content = compat.getpropertiesins_to_recorddict(GetPropertiesIns({}))
-        for reply in self._ask(unknown, content, MessageTypeLegacy.GET_PROPERTIES, 0, _ASK_S):
-            member = member_of(reply, self._config.federation.clients)
-            if member is None:
-                self._notice("a node that federation.clients does not name is left out")
-            self._members[reply.metadata.src_node_id] = member
+        asked = (
+            ([node for node in unknown if node not in self._doubted], _ASK_S),
+            ([node for node in unknown if node in self._doubted], _ASK_AGAIN_S),
+        )
+        for some, timeout in asked:
+            for reply in self._ask(some, content, MessageTypeLegacy.GET_PROPERTIES, 0, timeout):
+                member = member_of(reply, self._config.federation.clients)
+                if member is None:
+                    self._notice("a node that federation.clients does not name is left out")
+                self._members[reply.metadata.src_node_id] = member
+                self._doubted.discard(reply.metadata.src_node_id)
         latest = {member.name: member for member in self._members.values() if member is not None}
         return [latest[name] for name in sorted(latest)]
+
+    def _doubt(self, members: Iterable[Member]) -> None:
+        """Ask these again, and not for long, before they are counted on."""
+        for member in members:
+            self._members.pop(member.node, None)
+            self._doubted.add(member.node)
 
     def _ask(
         self, nodes: list[int], content: RecordDict, kind: str, number: int, timeout: float

@@ -162,6 +162,18 @@ def test_a_lost_client_does_not_stop_a_plain_round(simulate):
     assert federation.reports[0].missing == ("globex",)
 
 
+def test_a_client_that_comes_back_is_counted_on_again(simulate):
+    """Whoever missed a round is asked again before the next one, and takes part if it answers."""
+    federation = simulate(FOUR, federation={"rounds": 2})
+    federation.down = lambda node, message: (
+        node == 12 and message.metadata.message_type == "train" and message.metadata.group_id == "1"
+    )
+
+    federation.run()
+
+    assert [report.missing for report in federation.reports] == [("globex",), ()]
+
+
 def test_too_few_clients_at_the_beginning(simulate):
     """Without the least number of clients the federation says so after its waiting time."""
     federation = simulate(TWO)
