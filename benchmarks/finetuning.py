@@ -569,11 +569,11 @@ def noise_page(bench: Bench, chosen: Plan, picture: str) -> Iterator[str]:
         f"last {LAST} steps, *held out* that of {EVALUATED} other texts. In the paper's model mean |h| is near "
         f"{PAPER_MEAN:g} behind one block; here it is {shown}. So its scales are small against these rows. "
         "The second half of the table has the scales that stand to the rows behind one block as the "
-        "paper's do to its own: the same noise / mean |h| there.",
+        "paper's do to its own: the same noise / mean |h| there. *Relative* is noise / mean |h| at the cut.",
         "",
     )
     yield from _head(
-        "blocks in front", "noise", "noise / mean |h|", "the paper's scale", "last", "held out"
+        "blocks in front", "noise", "relative", "the paper's scale", "last", "held out"
     )
     for kind in noise_scales(means[1]):
         for bottom in BOTTOMS:
