@@ -29,7 +29,7 @@ from fedsea.wire.messages import Backward, Forward
 HIDDEN = 48
 PARTS = ("bottom", "trunk", "top")
 NOISY = "gaussian:clip_norm=4,mu=2,by=frobenius"
-SILENT = "gaussian:clip_norm=1e6,mu=1e12"
+SILENT = "gaussian:clip_norm=1e3,mu=1e12"
 CONFIG = TrainerConfig(steps=5, batch_size=2, learning_rate=1e-2, save_every=2, seed=3)
 
 
@@ -132,7 +132,7 @@ def test_a_mechanism_without_noise_changes_nothing(tiny_model: Path, tmp_path: P
         expected = run(split)
     policy = policy_of(tmp_path, rows=SILENT, gradients=SILENT)
     with training(tiny_model, tmp_path / "silent", Wire(), policy) as split:
-        assert run(split) == pytest.approx(expected, rel=1e-4)
+        assert run(split) == pytest.approx(expected, rel=1e-3)
 
 
 def test_what_travels_is_what_was_released_and_charged(tiny_model: Path, tmp_path: Path) -> None:
