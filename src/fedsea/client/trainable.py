@@ -174,6 +174,8 @@ class _Split:
             "dtype": str(model.placement.dtype).removeprefix("torch."),
             "rows": plan.up.codec.value,
             "gradients": plan.gradient.codec.value,
+            "projection": plan.expectation.projection,
+            "privacy": None if (done := model.calls.protection) is None else dict(done),
             "adapter": plan.adapter,
             "lora": None if model.lora is None else asdict(model.lora),
             "prompt_rows": plan.prompt_rows,

@@ -15,7 +15,7 @@ Shapes: T rows of all examples of a batch one after the other, K of them with lo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -74,6 +74,11 @@ class RowGuard(Protocol):
     @property
     def gradients_format(self) -> RowFormat:
         """How gradients go up."""
+        ...
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """What is done to rows and gradients, for JSON; a run goes on with the same only."""
         ...
 
     def begin(self, step: int) -> None:
@@ -144,6 +149,11 @@ class TrunkCalls:
     def steps(self) -> int:
         """Optimizer steps that are done."""
         return self._steps
+
+    @property
+    def protection(self) -> Mapping[str, Any] | None:
+        """What the guard says it does; None without one."""
+        return None if self._guard is None else self._guard.description
 
     @property
     def next_forward(self) -> int:
@@ -225,9 +235,11 @@ class TrunkCalls:
             await self.trunk.close()
             await close_all(endpoints)
 
-        self._background.stop(end())
-        if self._guard is not None:
-            self._guard.close()
+        try:
+            self._background.stop(end())
+        finally:
+            if self._guard is not None:
+                self._guard.close()
 
     def _at(self, steps: int) -> None:
         self._steps = steps

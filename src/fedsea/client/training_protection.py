@@ -389,6 +389,14 @@ class TrainingGuard:
         return self.policy.gradients.format
 
     @property
+    def description(self) -> dict[str, str | None]:
+        """The mechanisms, and what they protect; for JSON."""
+        directions = {"rows": self.policy.rows, "gradients": self.policy.gradients}
+        made = {name: direction.mechanism for name, direction in directions.items()}
+        specs = {name: None if each is None else each.spec() for name, each in made.items()}
+        return {**specs, "of": self.policy.of.value}
+
+    @property
     def charged(self) -> tuple[int, int]:
         """Releases of rows and of gradients that this session was charged for."""
         return self._rows.used, self._gradients.used

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from torch.nn.functional import cross_entropy
 from fedsea.client.examples import Example
 from fedsea.client.remote import Patience
 from fedsea.client.trainer import ADAPTER, CHECKPOINTS, Callback, StepReport, Summary, Trainer
-from fedsea.client.training import SplitForTraining
+from fedsea.client.training import PARTS, SplitForTraining
 from fedsea.client.training_config import TrainerConfig
+from fedsea.client.training_protection import TrainingProtection
 from fedsea.errors import CheckpointError, ConfigError, NotFinite
 from fedsea.model.adapters import read_adapter
 from fedsea.model.checkpoints import Steps
@@ -204,6 +206,33 @@ def test_another_adapter_is_refused(folder, tmp_path):
 
     with pytest.raises(ConfigError, match=r"model\.lora\.rank 3, and this one has 2"):
         trainer(2, some_examples(12))
+
+
+def test_a_protected_run_does_not_go_on_without_protection(folder, tmp_path):
+    """A run's mechanisms are part of it: the same folder without them, or with others, is refused."""
+    protection = TrainingProtection(
+        rows="gaussian:clip_norm=1,mu=1",
+        gradients="gaussian:clip_norm=1,mu=1,by=frobenius",
+        record="data",
+        ledger=tmp_path / "ledger",
+    )
+    weaker = replace(protection, rows="gaussian:clip_norm=1,mu=2")
+
+    def run(chosen: TrainingProtection | None, config: TrainerConfig) -> None:
+        server = TinyTrainingTrunk(folder, Partition(1, 1), Placement())
+        with ExitStack() as stack:
+            guard = None
+            if chosen is not None:
+                policy = chosen.applied(48, PARTS)
+                stack.callback(policy.close)
+                guard = policy.guard()
+            model = stack.enter_context(connect(folder, server, guard=guard))
+            Trainer(model, config, some_examples(4), folder=tmp_path / "run").run()
+
+    run(protection, replace(CONFIG, steps=1))
+    for other in (None, weaker):
+        with pytest.raises(ConfigError, match="privacy"):
+            run(other, replace(CONFIG, steps=1))
 
 
 def test_optimizers_that_differ(folder):

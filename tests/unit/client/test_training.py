@@ -707,6 +707,7 @@ class Doubler:
     def __init__(self, hidden_size: int) -> None:
         self.rows_format = self.gradients_format = RowFormat(Codec.FP32, hidden_size)
         self.told: list[tuple[object, ...]] = []
+        self.description: dict[str, Any] = {"rows": "doubled"}
 
     def begin(self, step: int) -> None:
         """Note the step."""
