@@ -19,6 +19,7 @@ if _typing.TYPE_CHECKING:
     from fedsea.client.trainer import Trainer
     from fedsea.client.training import SplitForTraining
     from fedsea.client.training_config import TrainerConfig
+    from fedsea.client.training_protection import TrainingProtection
     from fedsea.errors import FedseaError
     from fedsea.model.lora import LoraConfig
     from fedsea.model.partition import Partition
@@ -52,6 +53,7 @@ __all__ = [
     "TokenVerifier",
     "Trainer",
     "TrainerConfig",
+    "TrainingProtection",
     "__version__",
 ]
 
@@ -78,6 +80,7 @@ _HOMES = {
     "TokenVerifier": "fedsea.privacy.attestation",
     "Trainer": "fedsea.client.trainer",
     "TrainerConfig": "fedsea.client.training_config",
+    "TrainingProtection": "fedsea.client.training_protection",
 }
 
 
