@@ -10,6 +10,7 @@ from pathlib import Path
 from fedsea.errors import ConfigError
 from fedsea.model.optimization import AdamWConfig
 from fedsea.settings import Table, check_keys, choice, need, read_toml, section, table_at
+from fedsea.wire.training import MAX_LEARNING_RATE
 
 SECTION = "training"
 SAVE_EVERY = 100
@@ -103,7 +104,11 @@ class TrainerConfig:
             value = getattr(self, name)
             need(0 <= value < math.inf, f"{name} is {value}; give 0 or a positive number")
         rate = self.learning_rate
-        need(0 < rate < math.inf, f"learning_rate is {rate}; give a positive number")
+        need(
+            0 < rate <= MAX_LEARNING_RATE and rate * self.weight_decay <= 1,
+            f"learning_rate is {rate}; give a positive number up to {MAX_LEARNING_RATE:g}, whose "
+            "product with weight_decay is 1 at most",
+        )
         need(
             bool(self.batch_size) or self.batch_rows is not None,
             "batch_size is 0 and batch_rows is not given; give one of them",

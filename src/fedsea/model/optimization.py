@@ -22,6 +22,8 @@ _STEPS: Final = "steps"
 _MOMENTS: Final = ("exp_avg", "exp_avg_sq")
 # As in torch.nn.utils.clip_grad_norm_, so that clipping is the same as there.
 _NORM_EPS: Final = 1e-6
+# The square of a gradient has to be finite in fp32.
+_LARGEST_NORM: Final = 1e18
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +94,7 @@ class AdapterOptimizer:
         gradients = [one.grad for one in self._parameters.values() if one.grad is not None]
         norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
         if not math.isfinite(norm):
-            raise NotFinite(
-                f"a gradient of step {self._steps + 1} is NaN or infinite; nothing was changed: "
-                "use a smaller learning rate, or leave the batch out"
-            )
+            raise self._not_finite()
         return norm
 
     def apply(
@@ -112,11 +111,14 @@ class AdapterOptimizer:
             The norm of the gradients, unscaled and before clipping.
 
         Raises:
-            NotFinite: a gradient is NaN or infinite; nothing was changed.
+            NotFinite: a gradient is NaN or infinite, or so large that its square is; nothing was
+                changed.
             ConfigError: an argument is out of range; nothing was changed.
         """
         _check_step(learning_rate, max_grad_norm, scale)
         norm = self.gradient_norm() / scale
+        if min(norm, max_grad_norm or math.inf) > _LARGEST_NORM:
+            raise self._not_finite("has a square that")
         clip = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + _NORM_EPS))
         self._multiply(clip / scale)
         if self._adamw is not None:
@@ -164,6 +166,12 @@ class AdapterOptimizer:
                 step = torch.tensor(float(self._steps))
                 self._adamw.state[parameter] = {"step": step, **moments}
         self.clear()
+
+    def _not_finite(self, what: str = "") -> NotFinite:
+        return NotFinite(
+            f"a gradient of step {self._steps + 1} {what and what + ' '}is NaN or infinite; "
+            "nothing was changed: use a smaller learning rate, or leave the batch out"
+        )
 
     @torch.no_grad()
     def _multiply(self, factor: float) -> None:

@@ -9,6 +9,7 @@ Called in the threads of workers, one call at a time for one run.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -216,15 +217,14 @@ class TrainingRun:
         if event.number == self.steps and self.last is not None:
             return self.last
         self.check_number(event.number)
-        scale = event.scale * members
-        try:
-            norm = math.inf if self._not_finite else self.optimizer.gradient_norm() / scale
-        except NotFinite:
-            norm = math.inf
-        if not math.isfinite(norm):
+        norm = math.inf
+        if not self._not_finite:
+            clip, scale = event.max_grad_norm or None, event.scale * members
+            with contextlib.suppress(NotFinite):
+                norm = self.optimizer.apply(event.learning_rate, clip, scale)
+        if norm == math.inf:
             self.clear()
             return Stepped(event.number, math.inf, applied=False)
-        norm = self.optimizer.apply(event.learning_rate, event.max_grad_norm or None, scale)
         if self.adapter is not None:
             self.adapter.changed()
         self.clear()

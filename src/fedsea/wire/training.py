@@ -41,6 +41,24 @@ MAX_NAMES: Final = 64
 MAX_BLOCKS: Final = 1024
 """Blocks that a Lora may name."""
 
+MAX_LEARNING_RATE: Final = 1e3
+"""Far above any that trains; what is trained in fp32 stays finite below it."""
+
+MAX_WEIGHT_DECAY: Final = 1e3
+"""Its product with a learning rate is 1 at most: more would turn what is trained around."""
+
+MIN_EPS: Final = 1e-30
+MAX_EPS: Final = 1.0
+MAX_BETA: Final = 1 - 1e-6
+"""AdamW divides by the root of a mean plus eps, and by 1 minus a power of each beta, in fp32."""
+
+MIN_SCALE: Final = 2.0**-40
+MAX_SCALE: Final = 2.0**40
+"""How many times too large gradients may be."""
+
+MAX_ALPHA: Final = 1e6
+MAX_DROPOUT: Final = 0.99
+
 # Most bytes of an event with rows besides its rows.
 _FRAME_BYTES: Final = 64
 
@@ -69,6 +87,7 @@ class TrainingRules:
         self._hidden_size = hidden_size
         self._limits = limits
         self._row_bytes: dict[type[Event], int] = {}
+        self._weight_decay = 0.0
         self._last_id = -1
         self._forwards: dict[int, _Open] = {}
         self._owed: deque[_Owed] = deque()
@@ -101,9 +120,10 @@ class TrainingRules:
                 f"{len(event.resume_steps)} steps to resume from; name 1 to {MAX_NAMES}, "
                 "0 for the start"
             )
-        if not _is_positive(event.weight):
+        if not 0.0 < event.weight < math.inf:
             raise fault("the weight of a client must be positive and finite; give its examples")
         self._row_bytes = self._sizes(event, fault)
+        self._weight_decay = event.optimizer.weight_decay
 
     def apply(self, event: Event, fault: Fault) -> None:
         """Take `event` into account, or raise `fault` and change nothing."""
@@ -126,8 +146,10 @@ class TrainingRules:
     def _check_lora(self, lora: Lora, event: OpenTraining, fault: Fault) -> None:
         if lora.rank < 1:
             raise fault(f"a rank of {lora.rank} adapts nothing; give 1 or more")
-        if not _is_positive(lora.alpha) or not 0.0 <= lora.dropout < 1.0:
-            raise fault("alpha must be positive and finite, dropout in [0, 1)")
+        if not 0.0 < lora.alpha <= MAX_ALPHA or not 0.0 <= lora.dropout <= MAX_DROPOUT:
+            raise fault(
+                f"alpha must be positive and at most {MAX_ALPHA:g}, dropout from 0 to {MAX_DROPOUT}"
+            )
         if not 1 <= len(lora.targets) <= MAX_NAMES:
             raise fault(f"an adapter of {len(lora.targets)} targets; name 1 to {MAX_NAMES}")
         for target in lora.targets:
@@ -210,12 +232,19 @@ class TrainingRules:
             )
         if event.number < 1:
             raise fault("a Step has the number 0; steps count from 1")
-        if not _is_zero_or_more(event.learning_rate) or not _is_zero_or_more(event.max_grad_norm):
+        if not 0.0 <= event.learning_rate <= MAX_LEARNING_RATE:
             raise fault(
-                f"Step {event.number}: learning rate and largest norm must be finite, 0 or more"
+                f"Step {event.number}: the learning rate must be from 0 to {MAX_LEARNING_RATE:g}"
             )
-        if not _is_positive(event.scale):
-            raise fault(f"Step {event.number}: the scale must be positive and finite; 1 for none")
+        if event.learning_rate * self._weight_decay > 1.0:
+            raise fault(
+                f"Step {event.number}: the learning rate times the weight decay is above 1; use a "
+                "smaller learning rate"
+            )
+        if not 0.0 <= event.max_grad_norm < math.inf:
+            raise fault(f"Step {event.number}: the largest norm must be finite, 0 or more")
+        if not MIN_SCALE <= event.scale <= MAX_SCALE:
+            raise fault(f"Step {event.number}: the scale must be from 2^-40 to 2^40; 1 for none")
         self._owe(Stepped, event.number)
 
     def _save(self, event: Save, fault: Fault) -> None:
@@ -273,10 +302,12 @@ class TrainingRules:
 
 
 def _check_optimizer(optimizer: AdamW, fault: Fault) -> None:
-    if not (0.0 <= optimizer.beta1 < 1.0 and 0.0 <= optimizer.beta2 < 1.0):
-        raise fault("the betas of AdamW must be in [0, 1)")
-    if not _is_positive(optimizer.eps) or not _is_zero_or_more(optimizer.weight_decay):
-        raise fault("eps of AdamW must be positive, its weight decay 0 or more, both finite")
+    if not (0.0 <= optimizer.beta1 <= MAX_BETA and 0.0 <= optimizer.beta2 <= MAX_BETA):
+        raise fault(f"the betas of AdamW must be from 0 to {MAX_BETA:f}")
+    if not MIN_EPS <= optimizer.eps <= MAX_EPS:
+        raise fault(f"eps of AdamW must be from {MIN_EPS:g} to {MAX_EPS:g}")
+    if not 0.0 <= optimizer.weight_decay <= MAX_WEIGHT_DECAY:
+        raise fault(f"the weight decay of AdamW must be from 0 to {MAX_WEIGHT_DECAY:g}")
 
 
 def _check_norm(event: Stepped, fault: Fault) -> None:
@@ -286,14 +317,6 @@ def _check_norm(event: Stepped, fault: Fault) -> None:
         raise fault(
             f"Stepped {event.number} is applied if, and only if, the norm of its gradients is finite"
         )
-
-
-def _is_positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
-
-
-def _is_zero_or_more(value: float) -> bool:
-    return math.isfinite(value) and value >= 0
 
 
 _RULES: Final[Mapping[type[Event], Callable[[TrainingRules, Any, Fault], None]]] = MappingProxyType(

@@ -297,15 +297,17 @@ def test_a_gradient_that_is_not_finite_is_not_applied(training, fingerprint):
 
 
 def test_a_tiny_scale_does_not_make_an_infinite_norm(training, fingerprint):
-    """A finite gradient whose unscaled norm overflows is not applied either."""
+    """A finite gradient whose unscaled square overflows is not applied, and leaves no trace."""
 
     async def dialogue():
         async with training() as service:
             client = await TrainingClient.open(service, fingerprint)
             forward, hidden = await client.forward(some_rows(4))
-            await client.backward(forward, 1e4 * hidden)
-            stepped = await client.take_step(1, scale=1e-307)
+            await client.backward(forward, 1e12 * hidden)
+            stepped = await client.take_step(1, scale=2.0**-40)
             assert (stepped.applied, stepped.grad_norm) == (False, math.inf)
+            assert (await client.train(1, some_rows(4)))[2].applied
+            assert torch.isfinite((await client.forward(some_rows(4), no_grad=True))[1]).all()
             await client.close()
 
     run(dialogue())
