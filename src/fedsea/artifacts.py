@@ -2,7 +2,7 @@
 
 The description is one JSON object under a single metadata key, so that equal content gives equal
 bytes. A file is replaced as a whole or not at all: whoever is killed while writing leaves the
-previous file.
+previous file. Trained tensors tell about the data, so only the owner may read what is written.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from fedsea.errors import CheckpointError, ConfigError
 _KEY = "fedsea"
 _FORMAT = 1
 _LENGTH_BYTES = 8
+_OWNER_ONLY = 0o600
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +123,16 @@ def read(path: Path, kind: str) -> Artifact:
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file as a whole or not at all, its folder as well when it is missing.
 
+    Only the owner may read it, whatever the mode of an earlier one.
+
     Raises:
         ConfigError: it cannot be written.
     """
     begun = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with begun.open("wb") as opened:
+        descriptor = os.open(begun, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, _OWNER_ONLY)
+        with os.fdopen(descriptor, "wb") as opened:
             opened.write(content)
             opened.flush()
             os.fsync(opened.fileno())

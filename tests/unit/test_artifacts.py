@@ -35,6 +35,17 @@ def test_what_was_written_is_read(file):
     assert torch.equal(found.tensor("weight", (2, 3)), WEIGHT)
 
 
+def test_only_the_owner_reads_it(file):
+    """Whatever the umask, and the mode of a file that stood there."""
+    before = os.umask(0)
+    try:
+        file.chmod(0o644)
+        artifacts.write(file, "thing", {}, {})
+    finally:
+        os.umask(before)
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
 def test_equal_content_gives_equal_bytes(file, tmp_path):
     """A file depends on its content alone."""
     other = tmp_path / "other"

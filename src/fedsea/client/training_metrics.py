@@ -15,6 +15,7 @@ STEPS = "metrics.csv"
 EVALUATIONS = "evaluations.csv"
 TENSORBOARD = "tensorboard"
 
+_OWNER_ONLY = 0o700
 _EVALUATION_COLUMNS = ("step", "loss")
 
 
@@ -103,6 +104,7 @@ class TensorBoardMetrics(Callback):
 
     def on_rollback(self, step: int) -> None:
         self.close()
+        self._folder.mkdir(mode=_OWNER_ONLY, parents=True, exist_ok=True)
         self._writer = self._make(log_dir=str(self._folder), purge_step=step + 1)
 
     def on_step(self, report: StepReport) -> None:

@@ -5,7 +5,7 @@
                          optimizer.safetensors      steps and moments
 
 A step is written to a folder of another name, synchronized to the disk, and renamed. Whoever is
-killed while writing leaves the earlier steps as they are.
+killed while writing leaves the earlier steps as they are. Only the owner may look into a step.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ OPTIMIZER: Final = "optimizer.safetensors"
 _KIND: Final = "optimizer"
 _BEGUN: Final = ".tmp"
 _REMOVED: Final = ".removed"
+_OWNER_ONLY: Final = 0o700
 _NAME: Final = re.compile(r"step-(\d{8,})")
 
 
@@ -82,7 +83,7 @@ class Steps:
         begun = self.folder / _BEGUN
         try:
             _remove(begun)
-            begun.mkdir(parents=True)
+            begun.mkdir(mode=_OWNER_ONLY, parents=True)
             writer(begun)
             _synchronize(begun)
             self._forget(step)

@@ -46,6 +46,17 @@ def test_last_steps_are_kept(tmp_path):
     ]
 
 
+def test_only_the_owner_looks_into_a_step(tmp_path):
+    """Whatever the umask."""
+    before = os.umask(0)
+    try:
+        steps = Steps(tmp_path)
+        steps.save(1, put("secret"))
+    finally:
+        os.umask(before)
+    assert steps.path(1).stat().st_mode & 0o777 == 0o700
+
+
 def test_saving_again_replaces_and_ends_other_courses(tmp_path):
     """A step that is done again takes the place of the first, and later ones are gone."""
     steps = Steps(tmp_path, keep=3)
