@@ -48,6 +48,7 @@ from fedsea.errors import (
 )
 from fedsea.model.checkpoints import Steps, read_optimizer, write_optimizer
 from fedsea.model.optimization import AdapterOptimizer
+from fedsea.wire.training import MAX_SCALE
 
 RUN = "run.json"
 STATE = "state.json"
@@ -459,7 +460,7 @@ class Trainer:
     def _raise_scale(self) -> None:
         self._state.scaled += 1
         if self._scales and self._state.scaled >= _SCALE_GROWS_AFTER:
-            self._state.scale *= 2
+            self._state.scale = min(2 * self._state.scale, MAX_SCALE)
             self._state.scaled = 0
 
     # ---- Evaluation
@@ -518,6 +519,8 @@ class Trainer:
             self._model.trunk.reset()
             if self._saved != self._state.step:
                 self._save()
+            assert self._folder is not None
+            self._model.save(self._folder / ADAPTER)
         except FedseaError as error:
             self._say(f"{error}; what stays is the checkpoint of step {self._saved}")
 
@@ -549,9 +552,10 @@ class Trainer:
     def _finish(self) -> Summary:
         state = self._state
         ended = not self._stopping or state.step >= self._steps
-        best = self._config.patience is not None and state.best_step != state.step
-        if ended and best:
-            self._say(f"step {state.best_step} was the best: its adapter stays")
+        if self._config.patience is not None and state.best_step != state.step:
+            # The server has saved the best step only: the adapter here has to be of the same.
+            which = "was the best" if ended else "is the best so far"
+            self._say(f"step {state.best_step} {which}: its adapter stays")
             self._model.trunk.open([state.best_step], self._config.reconnect_s)
             self._restore(state.best_step)
         summary = self._summary(state)

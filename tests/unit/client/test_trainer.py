@@ -522,6 +522,19 @@ class TestEarlyStopping:
         tokens = sum(example.answer_tokens for example in EVALUATION)
         assert total / tokens == pytest.approx(summary.evaluation_loss, rel=1e-5)
 
+    def test_a_request_to_stop_leaves_both_sides_at_the_best(self, tmp_path):
+        """The adapter that is written is of the step that the server has saved; a run goes on."""
+        place = Place.at(tmp_path)
+        trainer = place.trainer(self.CONFIG)
+        place.log.on_step = lambda report: trainer.stop() if report.step == 6 else None  # type: ignore[method-assign]
+        summary = trainer.run()
+        assert (summary.stopped, summary.step) == ("request", 4)
+        assert place.server.optimizer.steps == 4 == Steps(place.server.folder).steps()[-1]
+        kept = Steps(place.folder / CHECKPOINTS).path(4) / "client"
+        written = artifacts.read(place.folder / ADAPTER / "client", "client")
+        for name, tensor in artifacts.read(kept, "client").tensors.items():
+            assert torch.equal(written.tensors[name], tensor)
+
     def test_min_improvement(self, tmp_path):
         """A loss that is lower by less does not count as better."""
         place = Place.at(tmp_path)
@@ -559,6 +572,7 @@ class TestBudget:
             trainer.run()
         assert Steps(place.folder / CHECKPOINTS).steps()[-1] == 4
         assert Steps(place.server.folder).steps()[-1] == 4
+        assert (place.folder / ADAPTER / "client").exists()
 
         place.trainer().run()
         same(place, undisturbed)
