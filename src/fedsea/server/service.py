@@ -85,7 +85,8 @@ class TrunkService:
         )
         self.training: Training | None = None
         if config.training.folder is not None:
-            self.training = Training(config.training, trunk, self.metrics)
+            most = self._limits.max_rows_per_message
+            self.training = Training(config.training, trunk, self.metrics, most)
         self._sessions: set[Session] = set()
         self._no_sessions = asyncio.Event()
         self._no_sessions.set()

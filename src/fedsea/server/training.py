@@ -108,12 +108,15 @@ class Training:
         section: the settings; its folder is given.
         trunk: the blocks.
         metrics: counts what happens.
+        max_rows: most rows of one Forward, and of several that are computed together.
 
     Raises:
         ConfigError: the weights give no gradients.
     """
 
-    def __init__(self, section: TrainingSection, trunk: Trunk, metrics: Metrics) -> None:
+    def __init__(
+        self, section: TrainingSection, trunk: Trunk, metrics: Metrics, max_rows: int
+    ) -> None:
         assert section.folder is not None
         placement = trunk.runner.placement
         if is_own(placement.quantization, placement.device):
@@ -126,7 +129,7 @@ class Training:
         self._factor = embedding_factor(trunk.checkpoint.config)
         store = TrainingStore(section.folder, section.keep, trunk.checkpoint.name, self._factor)
         budget = RowBudget(section.kept_rows, section.pending_rows)
-        self._services = Services(store, budget, metrics)
+        self._services = Services(store, budget, metrics, max_rows)
         self._workers: Workers | None = None
         self._entries: dict[RunKey, _Entry] = {}
         self._averaging: dict[str, Averaging] = {}

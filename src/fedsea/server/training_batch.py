@@ -9,6 +9,9 @@ The gradients of a pass cannot be taken apart again: a member that starts its st
 Reset or in a new session, gets the gradients of its rows, and the shared adapter keeps what the
 member contributed before.
 
+Rows of a pass are held, and counted against the members whose they are, until all of its gradients
+have come or will not come: what one of them gave up cannot be freed alone.
+
 Used on the event loop.
 """
 
@@ -133,7 +136,9 @@ class BatchRun:
     def leave(self, member: BatchMember) -> None:
         """It has ended: nobody waits for it any more; safe to repeat."""
         self._members.discard(member)
-        self._arrivals = [each for each in self._arrivals if each.member is not member]
+        for arrival in [each for each in self._arrivals if each.member is member]:
+            self._arrivals.remove(arrival)
+            member.release(arrival.event.id)
         self._asked.pop(member, None)
         self._give_up(member)
         if not self._asked:
@@ -258,8 +263,9 @@ class BatchRun:
         arrivals = sorted(self._arrivals, key=lambda each: (each.member.tenant, each.event.id))
         self._arrivals = []
         again = [each for each in arrivals if each.member.tenant in self._again]
-        for group, counts in (([a for a in arrivals if a not in again], True), (again, False)):
-            if group:
+        first = [each for each in arrivals if each not in again]
+        for members, counts in ((first, True), (again, False)):
+            for group in _passes(members, self.services.max_rows):
                 self._computing.update(arrival.member for arrival in group)
                 job = self.live.put(lambda worker, group=group: self._forwards(worker, group))  # type: ignore[misc]
                 job.add_done_callback(
@@ -283,6 +289,7 @@ class BatchRun:
                 job.add_done_callback(lambda done: self._gone_back(done, joint))
             else:
                 joint.passed.hidden = None
+                _release(joint.owners)
 
     def _late(self, owners: Sequence[_Owner]) -> None:
         self._send_away({owner.member for owner in owners if not owner.is_settled})
@@ -400,9 +407,11 @@ class BatchRun:
         counts: bool,
     ) -> None:
         self._computing -= Counter(arrival.member for arrival in arrivals)
+        lost = list(arrivals)
         if not done.cancelled() and done.exception() is None:
             passed, sound, _ = done.result()
             if passed is not None:
+                lost = [each for each in arrivals if each not in sound]
                 owners = [
                     _Owner(
                         each.member, each.event.id, is_gone=not each.member.has_open(each.event.id)
@@ -411,12 +420,15 @@ class BatchRun:
                 ]
                 deadline = Deadline(lambda: self._late(owners))
                 self._joints.append(_Joint(passed, owners, counts, deadline))
+        for arrival in lost:
+            arrival.member.release(arrival.event.id)
         _settle(done, [each.answer for each in arrivals], lambda result: result[2])
         self._look()
 
     def _gone_back(
         self, done: asyncio.Future[list[Gradients | FedseaError | None]], joint: _Joint
     ) -> None:
+        _release(joint.owners)
         _settle(done, [owner.answer for owner in joint.owners])
 
 
@@ -455,12 +467,10 @@ class BatchMember(Member):
         return self._track(shared.forward(self, event, keeps))
 
     def backward(self, event: Backward) -> asyncio.Future[Gradients]:
-        """Compute gradients; what the Forward held is free then."""
+        """Compute gradients together with others'."""
         self._open.discard(event.id)
         self._shared.services.metrics.backward(self.tenant)
-        answer = self._track(self._shared.backward(self, event))
-        answer.add_done_callback(lambda _: self._held.give_back(event.id))
-        return answer
+        return self._track(self._shared.backward(self, event))
 
     async def discard(self, event: Discard) -> None:
         """Forget a forward."""
@@ -491,18 +501,38 @@ class BatchMember(Member):
             answer.cancel()
         self._open.clear()
         self._shared.leave(self)
-        self._held.give_back_all()
+
+    def release(self, number: int) -> None:
+        """The rows of a Forward are held no longer."""
+        self._held.give_back(number)
 
     def _forget(self, numbers: list[int]) -> None:
         for number in numbers:
             self._open.discard(number)
-            self._held.give_back(number)
             self._shared.forget(self, number)
 
     def _track(self, answer: asyncio.Future[_T]) -> asyncio.Future[_T]:
         self._answers.add(answer)
         answer.add_done_callback(self._answers.discard)
         return answer
+
+
+def _passes(arrivals: Sequence[_Arrival], max_rows: int) -> list[list[_Arrival]]:
+    """Who shares a pass: as many as come to no more rows than one Forward alone may have."""
+    found: list[list[_Arrival]] = []
+    rows = 0
+    for arrival in arrivals:
+        rows += arrival.event.count
+        if not found or rows > max_rows:
+            found.append([])
+            rows = arrival.event.count
+        found[-1].append(arrival)
+    return found
+
+
+def _release(owners: Sequence[_Owner]) -> None:
+    for owner in owners:
+        owner.member.release(owner.number)
 
 
 def _settle(

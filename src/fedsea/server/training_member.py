@@ -109,11 +109,12 @@ class Formats:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What the members of all runs use."""
+    """What the members of all runs use; a pass has `max_rows` rows at most."""
 
     store: TrainingStore
     budget: RowBudget
     metrics: Metrics
+    max_rows: int
 
 
 @dataclass(slots=True, eq=False)

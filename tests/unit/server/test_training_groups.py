@@ -37,7 +37,7 @@ def group(serving, tmp_path):
     """A service with one group, `ward`; nothing is held afterwards."""
 
     @asynccontextmanager
-    async def serve(strategy, grace_s=600.0, workers=1, **keys):
+    async def serve(strategy, grace_s=600.0, workers=1, limits=None, **keys):
         section = {
             "folder": str(tmp_path / "store"),
             "threads": 1,
@@ -45,7 +45,7 @@ def group(serving, tmp_path):
             "grace_s": grace_s,
             "groups": {"ward": {"strategy": strategy, "tenants": list(TENANTS), "seed": 7, **keys}},
         }
-        async with serving(training=section) as service:
+        async with serving(training=section, limits=limits or {}) as service:
             yield service
             budget = service.training._services.budget
         assert (budget.kept, budget.pending) == (0, 0)
@@ -288,6 +288,50 @@ def test_several_batches_of_one_member(group, join, passes):
             assert sum(passes) == 4
             for member in members:
                 await member.close()
+
+    run(dialogue())
+
+
+def test_a_joint_pass_is_no_larger_than_a_forward_alone(group, join, passes):
+    """Members together cannot make the server compute with more rows at once than one of them."""
+
+    async def dialogue():
+        async with group(
+            "client-batch", gather_s=20.0, limits={"max_rows_per_message": 10}
+        ) as service:
+            members = [await join(service, tenant) for tenant in TENANTS]
+            batches = some_rows(4, 1), some_rows(6, 2), some_rows(1, 3)
+            found = await asyncio.gather(*map(trained, members, (1,) * 3, batches))
+            assert found[0][2] == found[1][2] == found[2][2]
+            assert passes == [2, 1]
+            for member in members:
+                await member.close()
+
+    run(dialogue())
+
+
+@pytest.mark.parametrize("end", ["vanish", "discard"])
+def test_a_joint_pass_is_held_until_it_is_free(group, join, end):
+    """What a member gave up counts against it for as long as another's gradient may need it."""
+
+    async def dialogue():
+        async with group("client-batch", gather_s=20.0) as service:
+            budget = service.training._services.budget
+            staying, going = [await join(service, tenant) for tenant in TENANTS[:2]]
+            (one, hidden), (two, _) = await asyncio.gather(
+                staying.forward(some_rows(5)), going.forward(some_rows(7))
+            )
+            if end == "discard":
+                await going.discard(two)
+                await look(going)
+            else:
+                await going.vanish()
+                while service.num_sessions > 1:  # noqa: ASYNC110 - nobody tells
+                    await asyncio.sleep(0.01)
+            assert (budget.kept, budget.pending) == (12, 12)
+            await staying.backward(one, 2 * hidden)
+            assert (budget.kept, budget.pending) == (0, 0)
+            await staying.close()
 
     run(dialogue())
 
