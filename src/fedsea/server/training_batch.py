@@ -319,10 +319,12 @@ class BatchRun:
     def _take_step(self) -> None:
         self._stepping.stop()
         asked, self._asked = self._asked, {}
-        first = next(iter(asked.values())).event
+        wanted = {member: replace(each.event, number=1) for member, each in asked.items()}
+        # What most want, and of several such what came first: no one member decides for the others.
+        [(common, _)] = Counter(wanted.values()).most_common(1)
         agreeing = {}
         for member, each in asked.items():
-            if replace(each.event, number=first.number) == first:
+            if wanted[member] == common:
                 agreeing[member] = each
             else:
                 member.fail(
@@ -333,7 +335,7 @@ class BatchRun:
                 )
         contributed = len(self._contributed)
         self._contributed, self._again = set(), set()
-        job = self.live.put(lambda _: self._stepped(first, max(1, contributed), agreeing))
+        job = self.live.put(lambda _: self._stepped(common, max(1, contributed), agreeing))
         job.add_done_callback(
             lambda done: _settle(done, [each.answer for each in agreeing.values()])
         )

@@ -461,6 +461,33 @@ def test_members_have_to_agree_about_a_step(group, join):
     run(dialogue())
 
 
+def test_what_most_members_ask_for_is_done(group, join):
+    """A member that asks first, and for something else, does not send the others away."""
+
+    async def dialogue():
+        async with group("client-batch", gather_s=20.0) as service:
+            members = [await join(service, tenant) for tenant in TENANTS]
+            for member, (number, hidden) in zip(
+                members,
+                await asyncio.gather(*(member.forward(some_rows(3)) for member in members)),
+                strict=True,
+            ):
+                await member.send_back(number, 2 * hidden)
+            await asyncio.gather(*(member.gradients() for member in members))
+            odd = asyncio.create_task(members[0].take_step(1, learning_rate=1.0))
+            while not service.training._entries[WARD].batch._asked:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.01)
+            one, two = await asyncio.gather(*(member.take_step(1) for member in members[1:]))
+            assert one == two
+            assert one.applied
+            with pytest.raises(ConfigError, match="same learning rate"):
+                await odd
+            for member in members[1:]:
+                await member.close()
+
+    run(dialogue())
+
+
 def test_members_have_to_train_the_same(group, join):
     """Another rank than the group's is refused while the group trains."""
 
