@@ -16,7 +16,6 @@ from fedsea.errors import AttestationError, LocalProtocolError
 
 LOCAL_TENANT = "local"
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
-MIN_PING_SECONDS = 5  # a server drops a client that probes the connection more often
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,6 @@ from fedsea.errors import (
 from fedsea.transport.address import Address, parse_address
 from fedsea.transport.base import (
     MAX_MESSAGE_BYTES,
-    MIN_PING_SECONDS,
     Channel,
     ClientStream,
     PinnedChannel,
@@ -63,6 +62,8 @@ CANCELLED_MESSAGE = "the stream was cancelled: open a new one"
 _Call: TypeAlias = "aio.StreamStreamCall[bytes, bytes]"
 _Unary: TypeAlias = "aio.UnaryUnaryMultiCallable[bytes, bytes]"
 _Stream: TypeAlias = "aio.StreamStreamMultiCallable[bytes, bytes]"
+
+MIN_PING_SECONDS = 5
 
 # What a status without our metadata means: it comes from gRPC itself, a proxy or a stranger.
 _FOREIGN_STATUS: dict[grpc.StatusCode, tuple[type[FedseaError], str]] = {
@@ -107,7 +108,9 @@ class ClientOptions:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive: it is {getattr(self, name)}")
         if self.keepalive < MIN_PING_SECONDS:
-            raise ConfigError(f"keepalive must be at least {MIN_PING_SECONDS} s: servers insist")
+            raise ConfigError(
+                f"keepalive must be at least {MIN_PING_SECONDS} s: probing more often only costs"
+            )
 
 
 class GrpcChannel(Channel):
