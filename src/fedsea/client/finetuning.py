@@ -31,7 +31,7 @@ from fedsea.client.training import PARTS, SplitForTraining
 from fedsea.client.training_config import SECTION, TrainerConfig
 from fedsea.client.training_metrics import CsvMetrics, TensorBoardMetrics
 from fedsea.client.training_protection import TrainingPolicy, TrainingProtection
-from fedsea.errors import ConfigError
+from fedsea.errors import ConfigError, DataError
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.checkpoints import Steps
 from fedsea.model.lora import TARGETS, LoraConfig
@@ -358,10 +358,11 @@ class Finetuning:
 
         Raises:
             StaleStep: the server has none of the folder's steps.
+            DataError: an example is longer than the server takes.
             FedseaError: no server in time, or one that refuses.
         """
         run, parts, lora = self.config.run, self.config.parts, self.config.lora
-        return SplitForTraining.connect(
+        model = SplitForTraining.connect(
             run.model,
             servers,
             name=run.adapter,
@@ -383,6 +384,22 @@ class Finetuning:
             guard=None if policy is None else policy.guard(),
             verifier=verifier,
         )
+        try:
+            self._check_lengths(model.longest)
+        except DataError:
+            model.close()
+            raise
+        return model
+
+    def _check_lengths(self, most: int | None) -> None:
+        """Refuse at once what would end the training at some later step."""
+        sets = (self.train_set, *(() if self.evaluation_set is None else (self.evaluation_set,)))
+        longest = max(example.rows for found in sets for example in found.examples)
+        if most is not None and longest > most:
+            raise DataError(
+                f"an example has {longest} rows and the server takes {most}; "
+                f"give data.max_tokens={most}, and data.too_long=cut to keep longer ones"
+            )
 
     @contextmanager
     def metrics(self) -> Iterator[list[Callback]]:

@@ -171,12 +171,14 @@ class TrunkCalls:
         """Rows (T, width) of whole sequences to rows (T, hidden).
 
         Raises:
+            PromptTooLong: a sequence has more rows than the server takes; nothing was sent.
             NotFinite: a row is NaN or infinite; nothing was sent.
             ConnectionLost: the session can be opened again.
         """
         counts = tuple(len(sequence) for sequence in sequences)
         index = self._evaluations if no_grad else self._forwards
         what = f"the rows of forward {index + 1} of step {self._steps + 1}"
+        self.trunk.check(counts)  # before anything is charged
         if self._guard is None:
             data = _encoded(self.trunk.plan.up, rows, what)
         else:
@@ -459,6 +461,11 @@ class SplitForTraining(nn.Module):
     def address(self) -> str | None:
         """The server in use."""
         return self._calls.trunk.address
+
+    @property
+    def longest(self) -> int | None:
+        """Most tokens of one example that the server in use takes; None while there is none."""
+        return self._calls.trunk.longest
 
     @property
     def calls(self) -> TrunkCalls:

@@ -115,6 +115,7 @@ class _Link:
     address: str
     room: asyncio.Semaphore
     first_id: int
+    longest: int
     owed: deque[asyncio.Future[Event]] = field(default_factory=deque)
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
@@ -158,6 +159,25 @@ class TrainingTrunk:
     def address(self) -> str | None:
         """The server in use; None while there is none."""
         return self._link.address if self._link else None
+
+    @property
+    def longest(self) -> int | None:
+        """Most rows of one sequence that the server in use takes; None while there is none."""
+        return self._link.longest if self._link else None
+
+    def check(self, counts: Sequence[int]) -> None:
+        """Refuse sequences that the server in use would not take.
+
+        Raises:
+            PromptTooLong: one has too many rows.
+        """
+        longest = self.longest
+        if longest is not None and max(counts, default=0) > longest:
+            raise PromptTooLong(
+                f"a sequence of {max(counts)} rows does not fit: context and messages of this server "
+                f"take {longest}; shorten the examples, use the codec bf16, or raise "
+                "kv.max_context or max_message_bytes there"
+            )
 
     async def open(self, resume_steps: Sequence[int] = (0,), within: float | None = None) -> int:
         """Open the session at the first server that takes it, in place of the one before.
@@ -306,7 +326,10 @@ class TrainingTrunk:
                 connection = Connection(Role.CLIENT, limits, hidden_size=hidden_size)
                 stream = await endpoint.channel().open_stream()
                 room = asyncio.Semaphore(limits.max_pending)
-                link = _Link(stream, connection, endpoint.address, room, self._next_id)
+                longest = self._rows_that_fit(limits)
+                if served.max_context:
+                    longest = min(longest, served.max_context - self.plan.prompt_rows)
+                link = _Link(stream, connection, endpoint.address, room, self._next_id, longest)
                 await self._greet(link)
         except TimeoutError as error:
             raise DeadlineExceeded(f"{endpoint.address} did not answer in time") from error
@@ -357,14 +380,10 @@ class TrainingTrunk:
 
     def _messages(self, counts: Sequence[int], limits: Limits) -> Iterator[tuple[int, ...]]:
         """Sequences that share a message, in order."""
-        most = min(limits.max_rows_per_message, self._rows_that_fit(limits))
+        self.check(counts)
+        most = self._rows_that_fit(limits)
         part: list[int] = []
         for count in counts:
-            if count > most:
-                raise PromptTooLong(
-                    f"a sequence of {count} rows does not fit in a message, which takes {most}: "
-                    "shorten the examples, use the codec bf16, or raise max_message_bytes"
-                )
             if part and (sum(part) + count > most or len(part) == limits.max_segments):
                 yield tuple(part)
                 part = []
@@ -374,7 +393,7 @@ class TrainingTrunk:
 
     def _rows_that_fit(self, limits: Limits) -> int:
         room = limits.max_message_bytes - _FRAME_BYTES - _COUNT_BYTES * limits.max_segments
-        return max(1, room // self.plan.row_bytes)
+        return min(limits.max_rows_per_message, max(1, room // self.plan.row_bytes))
 
     def _current(self) -> _Link:
         if self._link is None:

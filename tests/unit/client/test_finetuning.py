@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.training_trunk import TinyTrainingTrunk
 
 from fedsea.client.examples import LossOn
 from fedsea.client.finetuning import FinetuneConfig, Finetuning
 from fedsea.client.training_config import TrainerConfig
-from fedsea.errors import ConfigError, PartitionError
+from fedsea.errors import ConfigError, DataError, PartitionError
 from fedsea.model.partition import Partition
+from fedsea.transport.memory import MemoryChannel
 
 RUN = {"model": "m", "data": "d.jsonl", "out": "o"}
 
@@ -94,3 +96,19 @@ def test_a_cut_that_leaves_no_trunk(tmp_path, tiny_model):
     config = FinetuneConfig.from_table({"run": run, "parts": {"bottom": 3, "top": 3}})
     with pytest.raises(PartitionError):
         Finetuning(config)
+
+
+@pytest.mark.parametrize("key", ["data", "evaluation"])
+def test_examples_that_the_server_does_not_take(tmp_path, tiny_model, key):
+    """They are found when the session opens, and not at some step."""
+    server = TinyTrainingTrunk(tiny_model, Partition(1, 1), max_rows=20)
+    servers = {"memory": lambda: MemoryChannel(server)}
+    files = {name: tmp_path / f"{name}.txt" for name in ("data", "evaluation")}
+    for name, path in files.items():
+        path.write_text("a" * (30 if name == key else 10))
+    run = {"model": str(tiny_model), "out": str(tmp_path / "o")}
+    run |= {name: str(path) for name, path in files.items()}
+    with pytest.raises(DataError, match=r"server takes 20; give data\.max_tokens"):
+        Finetuning(FinetuneConfig.from_table({"run": run})).connect(servers)
+    fitting = {"run": run, "data": {"max_tokens": 20, "too_long": "cut"}}
+    Finetuning(FinetuneConfig.from_table(fitting)).connect(servers).close()

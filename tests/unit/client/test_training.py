@@ -413,10 +413,14 @@ def test_large_batches_travel_in_parts(folder: Path) -> None:
         ):
             torch.testing.assert_close(found.grad, expected.grad, rtol=1e-5, atol=1e-6)
         assert [event.counts for event in parts.wire.of(Forward)] == [(7, 3), (11,)]
-    with Split(folder, max_rows=10) as small:
+    guard = Doubler(48)
+    with Split(folder, max_rows=10, guard=guard) as small:
+        assert small.model.longest == 10
         with pytest.raises(PromptTooLong, match="a sequence of 11 rows"):
             small.model(ids, mask, labels)
         assert not small.wire.of(Forward)
+        # Nor was anything charged.
+        assert guard.told == [("begin", 1)]
 
 
 def test_parts_that_are_not_trained_have_no_factors(folder: Path) -> None:
