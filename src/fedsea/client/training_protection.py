@@ -19,11 +19,12 @@ What is protected. The bottom and the top that are trained here depend on every 
 before, so what one example changed shows in every later release of all others. Then the record is the
 data set as a whole. Only when nothing but the trunk is trained, releases of different examples are
 independent of each other, and each example may be a record of its own: examples compose in parallel,
-and the account holds what the most released example has cost. In both cases the numbers of rows and
-steps and the loss scale are public, as they are on the wire, and so is the number of answer tokens of
-a batch. Nothing is claimed for sampling batches at random. The guarantee is about what the server
-sees and about the adapter of the trunk, which is computed from that; adapters of bottom and top are
-not covered.
+and the account holds what the most released example has cost. In both cases the numbers of examples,
+rows and steps, the loss scale, and which steps are saved (with patience, those whose evaluation was
+the best so far) are public, as they are on the wire, and so is the number of answer tokens of a batch.
+Nothing is claimed for sampling batches at random. The guarantee is about what the server sees and
+about the adapter of the trunk, which is computed from that; adapters of bottom and top are not
+covered.
 
 The gradient that comes back belongs to the released rows. It is taken as that of the clean rows, as
 FedSEA does (AAAI 2026, released code): straight through noise and clipping, with no factor for rows that
