@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, TypeVar
 from weakref import WeakValueDictionary
 
 from fedsea.errors import (
@@ -42,6 +42,7 @@ from fedsea.server.training_store import (
     RunKey,
     Trained,
     TrainingStore,
+    Version,
     check_name,
     check_same,
 )
@@ -55,6 +56,8 @@ REPLACED: Final = (
 RETRY_AFTER: Final = 5.0
 
 Fail = Callable[[FedseaError], None]
+
+_S = TypeVar("_S")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +137,11 @@ class Training:
         self._entries: dict[RunKey, _Entry] = {}
         self._averaging: dict[str, Averaging] = {}
         self._opening: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
-        self._adapters: WeakValueDictionary[tuple[RunKey, int], Adapter] = WeakValueDictionary()
-        self._prompts: WeakValueDictionary[tuple[RunKey, int], SoftPrompt] = WeakValueDictionary()
+        self._reading: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._adapters: WeakValueDictionary[tuple[RunKey, Version], Adapter] = WeakValueDictionary()
+        self._prompts: WeakValueDictionary[tuple[RunKey, Version], SoftPrompt] = (
+            WeakValueDictionary()
+        )
         self._watch(metrics)
 
     def start(self) -> None:
@@ -203,11 +209,13 @@ class Training:
         Raises:
             CheckpointError: it cannot be read.
         """
-        found = await self._saved(tenant, name)
-        if found is None or found[1].adapter is None:
-            return None
-        adapter = found[1].adapter.to(self._trunk.runner.placement.device).requires_grad_(False)
-        return self._adapters.setdefault(found[0], adapter)
+
+        def ready(trained: Trained) -> Adapter | None:
+            if trained.adapter is None:
+                return None
+            return trained.adapter.to(self._trunk.runner.placement.device).requires_grad_(False)
+
+        return await self._saved(tenant, name, self._adapters, ready)
 
     async def prompt(self, tenant: str, name: str) -> SoftPrompt | None:
         """The soft prompt that a tenant has trained and saved under a name, or None.
@@ -216,23 +224,44 @@ class Training:
             CheckpointError: it cannot be read.
             ConfigError, FingerprintMismatch: it was trained for another model.
         """
-        found = await self._saved(tenant, name)
-        if found is None or found[1].prompt is None:
-            return None
-        prompt = found[1].prompt
-        hidden_size = self._trunk.checkpoint.hidden_size
-        prompt.check_fits(hidden_size, prompt.entrance, self._trunk.fingerprint)
-        prompt = prompt.to(self._trunk.runner.placement.device).requires_grad_(False)
-        return self._prompts.setdefault(found[0], prompt)
 
-    async def _saved(self, tenant: str, name: str) -> tuple[tuple[RunKey, int], Trained] | None:
-        """What a tenant has saved last under a name, and where it came from."""
+        def ready(trained: Trained) -> SoftPrompt | None:
+            prompt = trained.prompt
+            if prompt is None:
+                return None
+            hidden_size = self._trunk.checkpoint.hidden_size
+            prompt.check_fits(hidden_size, prompt.entrance, self._trunk.fingerprint)
+            return prompt.to(self._trunk.runner.placement.device).requires_grad_(False)
+
+        return await self._saved(tenant, name, self._prompts, ready)
+
+    async def _saved(
+        self,
+        tenant: str,
+        name: str,
+        known: WeakValueDictionary[tuple[RunKey, Version], _S],
+        ready: Callable[[Trained], _S | None],
+    ) -> _S | None:
+        """What a tenant has saved last under a name; read once while sessions use it.
+
+        One after another: however many sessions open, one copy is in memory.
+        """
         try:
             key = self._place(tenant, check_name(name)).key
         except ConfigError:
             return None
-        found = await asyncio.to_thread(self._services.store.trained, key, self._trunk.span)
-        return None if found is None else ((key, found[0]), found[1])
+        store = self._services.store
+        async with self._reading.setdefault(key.owner, asyncio.Lock()):
+            version = await asyncio.to_thread(store.version, key)
+            found = None if version is None else known.get((key, version))
+            if found is not None or version is None:
+                return found
+            read = await asyncio.to_thread(store.trained, key, self._trunk.span)
+            if read is not None:
+                found = ready(read[1])
+                if found is not None:
+                    known[key, read[0]] = found
+            return found
 
     def _opens(self, place: _Place) -> asyncio.Lock:
         """Held by whoever opens a training of this tenant or group: one after another."""

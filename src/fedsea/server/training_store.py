@@ -12,6 +12,7 @@ another. One server at a time uses a folder.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedsea import artifacts
-from fedsea.errors import CheckpointError, ConfigError, FedseaError, ModelError
+from fedsea.errors import CheckpointError, ConfigError, FedseaError
 from fedsea.model.adapters import read_adapter, write_adapter
 from fedsea.model.checkpoints import Steps, read_optimizer, write_optimizer
 from fedsea.model.lora import Adapter
@@ -37,6 +38,7 @@ NAME_RULE: Final = "up to 100 of A-Z, a-z, 0-9, '.', '_' and '-', not beginning 
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 _STEP: Final = re.compile(r"step-\d+")
+_READINGS: Final = 3
 _LOCK: Final = ".lock"
 _ABOUT: Final = "training.json"
 _PROMPT: Final = "prompt"
@@ -64,6 +66,14 @@ class Trained:
 
     adapter: Adapter | None
     prompt: SoftPrompt | None
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One save: its step, and which of the saves of that number it is."""
+
+    step: int
+    stamp: tuple[int, int]
 
 
 def check_name(name: str) -> str:
@@ -181,7 +191,10 @@ class TrainingStore:
         folder = self._steps(key).path(step)
         try:
             about = _read_about(folder)
-            check_recipe(about.get("recipe"), run.recipe)
+        except CheckpointError as error:
+            raise self._unreadable(key, error) from None
+        check_recipe(about.get("recipe"), run.recipe)
+        try:
             if run.adapter is not None:
                 run.adapter.copy_from(read_adapter(folder, run.recipe.span))
             if run.prompt is not None:
@@ -189,29 +202,53 @@ class TrainingStore:
                 run.prompt.rows.data.copy_(found.rows.data)
                 run.prompt_drawn = True
             read_optimizer(folder, run.optimizer)
-        except (ModelError, KeyError, TypeError, RuntimeError) as error:
+            norm = float(about.get("grad_norm", 0.0))
+        except (FedseaError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise self._unreadable(key, error) from None
         if run.steps:
-            run.last = Stepped(run.steps, float(about.get("grad_norm", 0.0)), applied=True)
+            run.last = Stepped(run.steps, norm, applied=True)
 
-    def trained(self, key: RunKey, span: Span) -> tuple[int, Trained] | None:
-        """The last step that was saved, and what it holds; None when nothing is.
+    def version(self, key: RunKey) -> Version | None:
+        """The last save; None when there is none.
+
+        Raises:
+            CheckpointError: the folder cannot be read.
+        """
+        for step in reversed(self.steps(key)):
+            with contextlib.suppress(FileNotFoundError):  # replaced by another save since
+                status = self._steps(key).path(step).stat()
+                return Version(step, (status.st_ino, status.st_mtime_ns))
+        return None
+
+    def trained(self, key: RunKey, span: Span) -> tuple[Version, Trained] | None:
+        """The last save, and what it holds; None when there is none.
+
+        A training that goes on may replace it in the meantime: then the next one is read.
 
         Raises:
             CheckpointError: it cannot be read.
         """
-        steps = self.steps(key)
-        if not steps:
-            return None
-        folder = self._steps(key).path(steps[-1])
-        try:
-            recipe = _read_about(folder).get("recipe") or {}
-            adapter = read_adapter(folder, span) if recipe.get("lora") else None
-            has_prompt = bool(recipe.get("prompt_rows"))
-            prompt = read_prompt(folder / _PROMPT, self._factor) if has_prompt else None
-        except (FedseaError, AttributeError) as error:
-            raise self._unreadable(key, error) from None
-        return steps[-1], Trained(adapter, prompt)
+        error: BaseException | None = None
+        for _ in range(_READINGS):
+            version = self.version(key)
+            if version is None:
+                return None
+            try:
+                found = self._trained(self._steps(key).path(version.step), span)
+            except (FedseaError, AttributeError) as failure:
+                error = failure
+                if self.version(key) == version:
+                    break
+            else:
+                if self.version(key) == version:
+                    return version, found
+        raise self._unreadable(key, error)
+
+    def _trained(self, folder: Path, span: Span) -> Trained:
+        recipe = _read_about(folder).get("recipe") or {}
+        adapter = read_adapter(folder, span) if recipe.get("lora") else None
+        has_prompt = bool(recipe.get("prompt_rows"))
+        return Trained(adapter, read_prompt(folder / _PROMPT, self._factor) if has_prompt else None)
 
     def _steps(self, key: RunKey) -> Steps:
         return Steps(self._folder / key.path, self._keep)
@@ -231,8 +268,9 @@ class TrainingStore:
         }
         artifacts.replace_file(folder / _ABOUT, json.dumps(about, indent=2).encode())
 
-    def _unreadable(self, key: RunKey, error: BaseException) -> CheckpointError:
-        _log.error("load_failed", owner=key.owner, name=key.name, reason=str(error))
+    def _unreadable(self, key: RunKey, error: BaseException | None) -> CheckpointError:
+        reason = "it is replaced all the time" if error is None else str(error)
+        _log.error("load_failed", owner=key.owner, name=key.name, reason=reason)
         return CheckpointError(
             "a saved step of this training cannot be read at the server; go on from an earlier "
             "one, or tell its operator"

@@ -24,6 +24,7 @@ from fedsea.errors import (
     SessionLost,
     StaleStep,
 )
+from fedsea.model.adapters import read_adapter
 from fedsea.model.attention import RaggedBatch
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.lora import AdaptedRows, Adapter, LoraConfig
@@ -620,6 +621,41 @@ def test_what_was_trained_is_served_to_its_tenant(training, fingerprint, connect
                     await connect(service, tenant, span=(1, BLOCKS), adapter=name)
             for each in (client, session, plain):
                 await each.close()
+
+    run(dialogue())
+
+
+def test_what_is_served_is_the_last_save(training, fingerprint, connect, monkeypatch):
+    """Another save of the same number is another adapter; one save is read once for all sessions."""
+    readings = []
+
+    def reading(folder, span):
+        readings.append(folder)
+        return read_adapter(folder, span)
+
+    monkeypatch.setattr("fedsea.server.training_store.read_adapter", reading)
+
+    async def dialogue():
+        rows = some_rows(6)
+        async with training() as service:
+            sessions = []
+            for course in (1, 2):
+                client = await TrainingClient.open(service, fingerprint)
+                await client.train(1, some_rows(5, course))
+                await client.save(1)
+                _, expected = await client.forward(rows, no_grad=True)
+                await client.close()
+                opened = await asyncio.gather(
+                    *(connect(service, span=(1, BLOCKS), adapter="clinic") for _ in range(4))
+                )
+                assert len(readings) == course
+                for session in opened:
+                    await session.begin()
+                    found = await session.run(rows)
+                    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+                sessions += opened
+            for session in sessions:
+                await session.close()
 
     run(dialogue())
 

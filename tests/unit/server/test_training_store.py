@@ -87,8 +87,24 @@ def test_only_the_last_steps_stay(store, make_run):
     assert store.steps(KEY) == [3, 4]
     found = store.trained(KEY, Span(0, 4))
     assert found is not None
-    assert found[0] == 4
+    assert found[0].step == 4
     assert store.trained(RunKey("acme", "other"), Span(0, 4)) is None
+
+
+def test_a_save_that_is_replaced_while_it_is_read(store, make_run, monkeypatch):
+    """Then the next one is read; the first may be gone, or be half of each."""
+    run = make_run()
+    store.save(KEY, stepped(run, 1), {})
+
+    def replacing(folder, span):
+        if run.steps == 1:
+            store.save(KEY, stepped(run, 2), {})  # step 3
+            store.save(KEY, stepped(run, 1), {})  # step 4: the first is removed
+        return read_adapter(folder, span)
+
+    monkeypatch.setattr("fedsea.server.training_store.read_adapter", replacing)
+    version, _ = store.trained(KEY, Span(0, 4))
+    assert version.step == 4
 
 
 def test_the_adapter_is_in_pefts_format(store, make_run, tmp_path):
@@ -124,7 +140,9 @@ def test_groups_and_tenants_do_not_meet():
         check_name(GROUPS)
 
 
-@pytest.mark.parametrize("damage", ["training.json", "optimizer.safetensors", "prompt", "format"])
+@pytest.mark.parametrize(
+    "damage", ["training.json", "optimizer.safetensors", "prompt", "format", "kind"]
+)
 def test_a_damaged_step_is_an_error_without_paths(store, make_run, tmp_path, damage):
     """The client is told what to do, and nothing of the server's folders."""
     run = stepped(make_run(), 1)
@@ -132,6 +150,8 @@ def test_a_damaged_step_is_an_error_without_paths(store, make_run, tmp_path, dam
     folder = tmp_path / "store" / "acme" / "notes" / "step-00000001"
     if damage == "format":
         (folder / "training.json").write_text('{"format": 2}')
+    elif damage == "kind":
+        (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     elif damage == "prompt":
         (folder / "prompt" / "adapter_config.json").unlink()
     else:
