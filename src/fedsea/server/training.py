@@ -465,7 +465,16 @@ class Training:
             loop = asyncio.get_running_loop()
             # Of a run without steps nothing is lost: it begins as it began.
             seconds = self._section.grace_s if entry.live.run.steps else 0.0
-            entry.timer = loop.call_later(seconds, self._entries.pop, key, None)
+            entry.timer = loop.call_later(seconds, self._forget, key, entry)
+
+    def _forget(self, key: RunKey, entry: _Entry) -> None:
+        """Let a run go behind what it still computes: a save may be under way."""
+
+        def forget() -> None:
+            if self._entries.get(key) is entry and not entry.seated:
+                del self._entries[key]
+
+        entry.live.line.put_on_loop(forget)
 
     def _watch(self, metrics: Metrics) -> None:
         budget = self._services.budget

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fedsea.errors import FedseaError
 from fedsea.server.config import GroupSection
 from fedsea.server.logs import get_logger
 from fedsea.server.timers import Deadline
-from fedsea.server.training_member import Formats, Live, Services, SoloMember
+from fedsea.server.training_member import FAILED, Formats, Live, Services, SoloMember
 from fedsea.server.training_run import TrainingRun, parameters_of
 from fedsea.server.training_store import check_same
 from fedsea.server.training_workers import Workers
@@ -131,11 +132,16 @@ class Averaging:
         error = None if mean.cancelled() else mean.exception()
         if error is not None:
             _log.error("mean_failed", error=type(error).__name__)
-        elif not mean.cancelled():
+        elif not mean.cancelled() and not self._members.isdisjoint(waiting):
             self._mean = mean.result() or self._mean
         for member, each in waiting.items():
+            if error is not None:  # some copies may be the mean already, and others not
+                member.live.run.is_broken = True
             if not each.answer.done():
-                each.answer.set_result(each.stepped)
+                if error is None:
+                    each.answer.set_result(each.stepped)
+                else:
+                    each.answer.set_exception(FedseaError(FAILED))
             member.live.line.release()
 
 

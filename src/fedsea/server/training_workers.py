@@ -140,7 +140,10 @@ class Line:
             if item.answer.cancelled():
                 continue
             if item.on_loop:
-                item.answer.set_result(item.job(None))
+                try:
+                    item.answer.set_result(item.job(None))
+                except Exception as error:  # noqa: BLE001 - those behind it have their turn all the same
+                    item.answer.set_exception(error)
                 continue
             self._running = True
             begun = self._workers.submit(item.job)

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import math
 import os
+import threading
 from contextlib import asynccontextmanager, suppress
 
 import pytest
@@ -33,7 +34,7 @@ from fedsea.model.partition import Span
 from fedsea.model.spans import Placement, load_trunk
 from fedsea.server import training_run
 from fedsea.server.service import TrunkService
-from fedsea.server.training_store import RunKey
+from fedsea.server.training_store import RunKey, TrainingStore
 from fedsea.transport.memory import MemoryChannel
 from fedsea.wire.codecs import Codec
 from fedsea.wire.description import decode_description
@@ -514,6 +515,47 @@ def test_a_run_stays_in_memory_for_a_while(training, fingerprint):
             assert stepped == (await whole.train(2, some_rows(5, 1)))[2]
             await client.close()
             await whole.close()
+
+    run(dialogue())
+
+
+def test_a_run_is_not_forgotten_during_a_save(training, fingerprint, monkeypatch):
+    """A session that opens meanwhile waits for it: two savers would write to one folder."""
+    begun, may_end, writing = threading.Event(), threading.Event(), []
+
+    def slow(self, *given):
+        writing.append(1)
+        begun.set()
+        assert may_end.wait(30)
+        assert len(writing) == 1
+        try:
+            return save(self, *given)
+        finally:
+            writing.pop()
+
+    save = TrainingStore.save
+    monkeypatch.setattr(TrainingStore, "save", slow)
+
+    async def dialogue():
+        async with training(workers=2, grace_s=0.0) as service:
+            client = await TrainingClient.open(service, fingerprint)
+            await client.train(1, some_rows(3))
+            await client.send(Save(1))
+            await asyncio.to_thread(begun.wait, 30)
+            await client.vanish()
+            while service.num_sessions:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)  # the timer of the grace has come
+            opening = asyncio.create_task(
+                TrainingClient.open(service, fingerprint, resume_steps=(0, 1))
+            )
+            await asyncio.sleep(0.05)
+            assert not opening.done()
+            may_end.set()
+            again = await opening
+            assert again.step == 1
+            assert await again.save(1) == ""
+            await again.close()
 
     run(dialogue())
 

@@ -679,6 +679,30 @@ def test_a_mean_waits_for_nobody_for_ever(group, join, end):
     run(dialogue())
 
 
+def test_a_mean_that_fails_is_told(group, join, monkeypatch):
+    """Copies of which some may be the mean and others not are not gone on with, nor saved."""
+
+    def failing(_):
+        raise MemoryError
+
+    monkeypatch.setattr("fedsea.server.training_groups._averaged", failing)
+
+    async def dialogue():
+        async with group("server-hierarchical") as service:
+            members = [await join(service, tenant) for tenant in TENANTS[:2]]
+            answers = await asyncio.gather(
+                *(member.train(1, some_rows(3)) for member in members), return_exceptions=True
+            )
+            assert [str(answer).split(":")[0] for answer in answers] == [
+                "the server failed to compute for a training"
+            ] * 2
+            again = await join(service, "acme")
+            assert again.step == 0
+            await again.close()
+
+    run(dialogue())
+
+
 def test_a_copy_is_saved_and_resumed(group, join):
     """Each member's copy is its own in the store too."""
 
