@@ -371,6 +371,11 @@ class _Reader:
                 f"{where} has messages and the model's tokenizer has no chat template; "
                 "give prompt and completion"
             )
+        if not self._template_marks and _last_answer(messages) == 0:
+            raise DataError(
+                f"{where}: nothing stands before the last turn of the role {ASSISTANT}, and the chat "
+                "template marks no turns; add the message that it answers"
+            )
         try:
             ids, answers = self._marked(messages) if self._template_marks else self._turns(messages)
         except TemplateError:
@@ -397,7 +402,7 @@ class _Reader:
         Templates may write earlier turns in another way than they were once asked for, so that
         only the last one is what the model would have to write.
         """
-        last = max(at for at, message in enumerate(messages) if message["role"] == ASSISTANT)
+        last = _last_answer(messages)
         before = self._rendered(messages[:last], add_generation_prompt=True)
         ids = self._rendered(messages[: last + 1])
         if ids[: len(before)] != before or len(ids) <= len(before):
@@ -413,6 +418,10 @@ class _Reader:
 
 
 _Spans = tuple[tuple[int, int], ...]
+
+
+def _last_answer(messages: Sequence[Mapping[str, str]]) -> int:
+    return max(at for at, message in enumerate(messages) if message["role"] == ASSISTANT)
 
 
 def _spans(mask: Sequence[int]) -> _Spans:

@@ -194,6 +194,13 @@ class TestJsonLines:
         assert "Hillary" not in str(caught.value)
         assert caught.value.__cause__ is None
 
+    def test_an_answer_to_nothing(self, tmp_path, demo_tokenizer):
+        """A conversation that begins with its last answer is an error with the line."""
+        path = write(tmp_path, {"messages": [{"role": "assistant", "content": SECRET}]})
+        with pytest.raises(DataError, match="line 1: nothing stands before") as caught:
+            read_examples(path, demo_tokenizer)
+        assert "Hillary" not in str(caught.value)
+
     def test_no_template(self, tmp_path):
         """Messages need a chat template."""
         tokenizer = character_tokenizer()
