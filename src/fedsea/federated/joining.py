@@ -16,7 +16,7 @@ from fedsea.client.connecting import Servers
 from fedsea.client.finetuning import FinetuneConfig, Finetuning
 from fedsea.client.remote import Tell
 from fedsea.errors import ConfigError
-from fedsea.federated.config import PrivacySection, SecureSection
+from fedsea.federated.config import Neighbours, PrivacySection, SecureSection
 from fedsea.federated.local import LocalClient, Policy
 from fedsea.federated.training import SplitTraining
 from fedsea.federated.unit_update import account_of, mechanism_of
@@ -25,6 +25,7 @@ from fedsea.settings import need
 from fedsea.transport.credentials import ClientTLS, check_tenant
 
 _OWN: Final = ("client", "secure", "privacy")
+_NOT_USED: Final = ("evaluate_every", "patience", "save_every")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +80,18 @@ class ClientConfig:
         need(
             self.finetune.lora.prompt_rows == 0,
             "lora.prompt_rows: soft prompts take no part in a federation; leave them out",
+        )
+        for key in _NOT_USED:
+            need(
+                getattr(self.finetune.training, key) is None,
+                f"training.{key} is not used in a federation: the aggregator says when rounds are "
+                "evaluated and saved; leave it out",
+            )
+        need(not self.finetune.run.tensorboard, "run.tensorboard is not used in a federation")
+        need(
+            self.privacy.mu is None or self.privacy.neighbours is Neighbours.REPLACE,
+            "privacy.neighbours=remove is for the aggregator's file: to the aggregator it is no "
+            "secret that a client takes part; use replace",
         )
         unknown = sorted(set(self.client.personal) - {"bottom", "top"})
         need(not unknown, f"client.personal names {', '.join(unknown)}; use bottom and top")

@@ -15,7 +15,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -208,9 +208,10 @@ class Federation:
     def _masked(self, number: int, arrays: Arrays, members: list[Member]) -> _Collected:
         """The weighted mean of updates that the aggregator does not see."""
         instructions = FitIns(self._parameters(arrays), self._fit_config(number, members[0]))
-        found = masked_mean(
-            self._grid, self._context, self._config.secure, members, number, instructions
-        )
+        # A sum of fewer is not unmasked at all: with that of the round begun again, which holds the
+        # same updates and one more, it would tell that one.
+        terms = replace(self._config.secure, least=self._config.least)
+        found = masked_mean(self._grid, self._context, terms, members, number, instructions)
         if found is None:
             return _Collected(Contributions(), ())
         values, clients = found

@@ -45,6 +45,9 @@ def test_a_file_is_read(tmp_path):
         ({"traning": {}}, "did you mean training"),
         ({"training": {"step": 3}}, "did you mean steps"),
         ({"secure": {"least": 2}}, "fewer than 3"),
+        ({"training": {"patience": 2}}, "patience is not used in a federation"),
+        ({"run": {**RUN, "tensorboard": True}}, "tensorboard is not used"),
+        ({"privacy": {"mu": 1.0, "neighbours": "remove"}}, "use replace"),
     ],
 )
 def test_what_cannot_be_used_is_named(tables, reason):

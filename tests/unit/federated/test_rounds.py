@@ -9,8 +9,10 @@ import pytest
 from tests.federated_steps import BOTTOM_A, BOTTOM_B, LAYOUT, TOP_B
 
 from fedsea.errors import BudgetExceeded, CheckpointError, ConfigError, TrainingError
+from fedsea.federated import rounds
 from fedsea.federated.arrays import packed, unpacked
 from fedsea.federated.local import Policy
+from fedsea.federated.secure_round import masked_mean
 from fedsea.model.adapters import CONFIG, TENSORS
 
 TWO = {"acme": (1.0, 100), "globex": (4.0, 300)}
@@ -148,6 +150,30 @@ def test_too_few_for_a_secure_sum_unmasks_nothing(simulate):
     with pytest.raises(TrainingError, match="begun 3 times"):
         federation.run()
     assert federation.reports == []
+
+
+def test_no_sum_is_unmasked_that_is_not_used(simulate, monkeypatch):
+    """Two sums of one round that differ by a client would tell its update: there is one only."""
+    federation = simulate(FOUR, secure=SECURE, federation={"least": 4})
+    lost: list[int] = []
+
+    def down(node, message):
+        if node == 11 and message.metadata.message_type == "train" and len(lost) < 2:
+            lost.append(node)
+            return len(lost) == 2
+        return False
+
+    counts: list[int] = []
+
+    def kept(*arguments):
+        found = masked_mean(*arguments)
+        counts.append(0 if found is None else len(found[1]))
+        return found
+
+    monkeypatch.setattr(rounds, "masked_mean", kept)
+    federation.down = down
+    federation.run()
+    assert counts == [0, 4]
 
 
 def test_a_lost_client_does_not_stop_a_plain_round(simulate):
