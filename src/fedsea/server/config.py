@@ -290,6 +290,8 @@ class GroupSection:
         tenants: the members; for all others the group does not exist.
         deadline_s: how long members wait for one another; then they go on without the late ones.
         average_every: of `server-hierarchical`: the copies become their mean at every such step.
+        weigh: of `server-hierarchical`: copies count by the weight that each member claims, which
+            nothing proves; otherwise all the same.
         gather_s: of `client-batch`: how long a Forward waits for those of others to join it.
         min_members: of `client-batch`: the first step waits until so many members have come.
         seed: of the first values of what is trained, and of dropout; the members' own are not used.
@@ -299,6 +301,7 @@ class GroupSection:
     tenants: tuple[str, ...]
     deadline_s: float = 60.0
     average_every: int = 1
+    weigh: bool = True
     gather_s: float = 0.05
     min_members: int = 1
     seed: int = 0

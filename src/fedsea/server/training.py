@@ -293,7 +293,8 @@ class Training:
         if group.strategy == "server-hierarchical":
             assert self._workers is not None
             averaging = self._averaging.setdefault(place.key.name, Averaging(group, self._workers))
-            return HierarchicalMember(tenant, live, formats, services, averaging, weight)
+            counts = weight if group.weigh else 1.0
+            return HierarchicalMember(tenant, live, formats, services, averaging, counts)
         if entry.batch is None:
             entry.batch = BatchRun(live, group, services)
         return BatchMember(tenant, entry.batch, formats, fail)

@@ -600,12 +600,13 @@ async def until_empty(service):
 # A copy for each
 
 
-def test_copies_become_their_weighted_mean(group, join, checkpoint_folder):
-    """Every second step; between them each goes its own way."""
+@pytest.mark.parametrize(("weigh", "share"), [(True, 0.25), (False, 0.5)])
+def test_copies_become_their_weighted_mean(group, join, checkpoint_folder, weigh, share):
+    """Every second step; between them each goes its own way. A claimed weight may be left out."""
     copies = [Copy(checkpoint_folder) for _ in range(2)]
 
     async def dialogue():
-        async with group("server-hierarchical", average_every=2, workers=2) as service:
+        async with group("server-hierarchical", average_every=2, workers=2, weigh=weigh) as service:
             members = [
                 await join(service, tenant, weight=weight)
                 for tenant, weight in zip(TENANTS, (1.0, 3.0), strict=False)
@@ -620,7 +621,7 @@ def test_copies_become_their_weighted_mean(group, join, checkpoint_folder):
                     with torch.no_grad():
                         for name, one in copies[0].named.items():
                             other = copies[1].named[name]
-                            one.copy_(0.25 * one + 0.75 * other)
+                            one.copy_(share * one + (1 - share) * other)
                             other.copy_(one)
                 for copy, member in zip(copies, members, strict=True):
                     expected = copy.hidden(some_rows(6, 50)).detach()
