@@ -14,9 +14,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from fedsea.client.examples import Example
 from fedsea.client.training import SplitForTraining
+from fedsea.errors import DataError
 from fedsea.model.adapters import write_adapter
 from fedsea.model.optimization import AdamWConfig
 from fedsea.wire.messages import Stepped
@@ -109,6 +111,22 @@ class TrainableModel(Protocol):
 def trainable(model: SplitForTraining | TrainableModel) -> TrainableModel:
     """What the trainer knows of a model."""
     return _Split(model) if isinstance(model, SplitForTraining) else model
+
+
+def answer_loss(model: TrainableModel, batch: Sequence[Example]) -> Tensor:
+    """Cross-entropy summed over the answer tokens of a batch.
+
+    Raises:
+        DataError: an answer holds a token that the model does not have.
+    """
+    logits = model.logits(batch).float()
+    targets = torch.tensor([target for example in batch for target in example.targets])
+    if int(targets.max()) >= logits.shape[-1]:
+        raise DataError(
+            f"an answer has a token outside the vocabulary of {logits.shape[-1]}; "
+            "use this model's tokenizer"
+        )
+    return cross_entropy(logits, targets.to(logits.device), reduction="sum")
 
 
 class _SplitTrunk:

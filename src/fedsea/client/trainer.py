@@ -28,11 +28,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from fedsea import artifacts
 from fedsea.client.examples import Batches, Example, StepBatches
-from fedsea.client.trainable import Moved, TrainableModel, trainable
+from fedsea.client.trainable import Moved, TrainableModel, answer_loss, trainable
 from fedsea.client.training import SplitForTraining
 from fedsea.client.training_config import SAVE_EVERY, SECTION, LossScaling, TrainerConfig
 from fedsea.errors import (
@@ -400,14 +399,14 @@ class Trainer:
     def _finite_loss(
         self, batch: Sequence[Example], number: int, work: StepBatches, at: int
     ) -> Tensor:
-        """The same as `_loss`, of batch number `at` of a step.
+        """The summed loss of batch number `at` of a step.
 
         Raises:
             NotFinite: the loss is not, or a row on the way to it.
         """
         cause: NotFinite | None = None
         try:
-            found = self._loss(batch)
+            found = answer_loss(self._model, batch)
             if math.isfinite(float(found.detach())):
                 return found
         except NotFinite as error:
@@ -415,12 +414,6 @@ class Trainer:
         self._model.trunk.reset()
         what = "the loss" if cause is None else "a row"
         raise _not_finite(what, number, work, at, self._train) from cause
-
-    def _loss(self, batch: Sequence[Example]) -> Tensor:
-        """The sum over the answer tokens of a batch."""
-        logits = self._model.logits(batch).float()
-        targets = [target for example in batch for target in example.targets]
-        return cross_entropy(logits, torch.tensor(targets, device=logits.device), reduction="sum")
 
     def _complete(self, pending: _Pending) -> None:
         """Apply a step there and then here."""
@@ -477,7 +470,7 @@ class Trainer:
         state, total, tokens = self._state, 0.0, 0
         with torch.no_grad():
             for work in self._evaluation.epoch(0):
-                total += sum(float(self._loss(batch)) for batch in work.batches)
+                total += sum(float(answer_loss(self._model, batch)) for batch in work.batches)
                 tokens += work.answer_tokens
         loss = total / tokens
         if not math.isfinite(loss):

@@ -13,11 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from fedsea.client.examples import Batches, Example, StepBatches
-from fedsea.client.trainable import trainable
+from fedsea.client.trainable import answer_loss, trainable
 from fedsea.client.training import SplitForTraining
 from fedsea.client.training_config import TrainerConfig
 from fedsea.errors import ConfigError, Draining, NotFinite, SessionLost, TransportError
@@ -128,7 +126,7 @@ class SplitTraining:
         with torch.no_grad():
             for work in self._evaluation.epoch(0):
                 for batch in work.batches:
-                    total += float(self._summed(batch))
+                    total += float(answer_loss(self._split, batch))
                     examples += len(batch)
                 tokens += work.answer_tokens
         return total / tokens, examples
@@ -174,7 +172,7 @@ class SplitTraining:
         """Gradients of the mean loss over the answer tokens of a step."""
         self._split.begin_step(number)
         for batch in work.batches:
-            loss = self._summed(batch) / work.answer_tokens
+            loss = answer_loss(self._split, batch) / work.answer_tokens
             if not bool(torch.isfinite(loss)):
                 raise NotFinite(
                     f"the loss of step {number} is NaN or infinite; lower the learning rate"
@@ -188,11 +186,6 @@ class SplitTraining:
             if factor.grad is not None:
                 away = factor - torch.from_numpy(start[name]).to(factor.device)
                 factor.grad.add_(away, alpha=proximal)
-
-    def _summed(self, batch: Sequence[Example]) -> Tensor:
-        logits = self._split.logits(batch).float()
-        targets = [target for example in batch for target in example.targets]
-        return cross_entropy(logits, torch.tensor(targets, device=logits.device), reduction="sum")
 
     def _factors(self) -> dict[str, torch.nn.Parameter]:
         return {

@@ -22,7 +22,7 @@ from fedsea.client.trainer import ADAPTER, CHECKPOINTS, Callback, StepReport, Su
 from fedsea.client.training import PARTS, SplitForTraining
 from fedsea.client.training_config import TrainerConfig
 from fedsea.client.training_protection import TrainingProtection
-from fedsea.errors import CheckpointError, ConfigError, NotFinite
+from fedsea.errors import CheckpointError, ConfigError, DataError, NotFinite
 from fedsea.model.adapters import read_adapter
 from fedsea.model.checkpoints import Steps
 from fedsea.model.lora import LoraConfig
@@ -170,6 +170,16 @@ def test_loss_is_the_mean_over_answers(folder):
         at += len(example.ids)
     expected = cross_entropy(logits[rows], torch.tensor(targets))
     assert losses.found == pytest.approx([expected.item()], rel=1e-5)
+
+
+def test_an_answer_outside_the_vocabulary(folder):
+    """A token that is learned last is never an input: it is refused as one, without naming it."""
+    server = TinyTrainingTrunk(folder, Partition(1, 1), Placement())
+    with connect(folder, server) as model:
+        trainer = Trainer(model, CONFIG, [Example.of([1, 2, VOCABULARY], 1)])
+        with pytest.raises(DataError, match="outside the vocabulary") as caught:
+            trainer.run()
+    assert caught.value.__cause__ is None
 
 
 def test_server_cannot_save(folder, tmp_path):
