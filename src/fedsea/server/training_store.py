@@ -131,11 +131,12 @@ class TrainingStore:
             self._lock = None
 
     def names(self, tenant: str) -> set[str]:
-        """What a tenant has saved."""
+        """What a tenant has saved; a folder that a failed save left behind is none of it."""
         try:
-            return {entry.name for entry in (self._folder / tenant).iterdir()}
+            found = [entry for entry in (self._folder / tenant).iterdir() if entry.is_dir()]
         except OSError:
             return set()
+        return {entry.name for entry in found if self.steps(RunKey(tenant, entry.name))}
 
     def steps(self, key: RunKey) -> list[int]:
         """The saved steps of a training, ascending.

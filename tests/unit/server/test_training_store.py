@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
 import subprocess
@@ -89,6 +90,21 @@ def test_only_the_last_steps_stay(store, make_run):
     assert found is not None
     assert found[0].step == 4
     assert store.trained(RunKey("acme", "other"), Span(0, 4)) is None
+
+
+def test_a_failed_first_save_leaves_no_name(store, make_run, monkeypatch):
+    """A tenant's trainings are those with something saved, however often a disk was full."""
+    run = stepped(make_run(), 1)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fedsea.server.training_store.write_adapter", full)
+        assert "No space left" in store.save(KEY, run, {})
+    assert store.names("acme") == set()
+    assert store.save(KEY, run, {}) == ""
+    assert store.names("acme") == {"notes"}
 
 
 def test_a_save_that_is_replaced_while_it_is_read(store, make_run, monkeypatch):
