@@ -52,12 +52,14 @@ def client(
 ) -> None:
     """Take part: train here, on this client's data, until the federation has ended."""
     _needs_flower()
+    from fedsea.client.training_protection import NOTHING_PROTECTED
     from fedsea.federated.joining import ClientConfig, Joined
     from fedsea.federated.participant import Participant
     from fedsea.transport.address import parse_address
 
     config = ClientConfig.load(settings)
     section = config.client
+    screen.notice(NOTHING_PROTECTED)
     with screen.loading(f"loading {Path(config.finetune.run.model).name}"):
         joined = Joined(config, screen.notice)
     with joined:

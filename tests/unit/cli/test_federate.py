@@ -56,6 +56,19 @@ def test_certificates_are_checked_first(fedsea, tmp_path):
     assert "s.pem" in found.stderr or "ca.pem" in found.stderr
 
 
+def test_a_client_is_told_what_its_server_can_read(fedsea, tmp_path):
+    """Before anything leaves, as in `fedsea finetune` without mechanisms."""
+    file = tmp_path / "acme.toml"
+    file.write_text(
+        '[client]\nname = "acme"\n[run]\nmodel = "absent"\ndata = "d.jsonl"\nout = "o"\n'
+    )
+
+    found = fedsea("federate", "client", file)
+
+    assert found.exit_code != 0
+    assert "whoever runs the trunk can read" in " ".join(found.stderr.split())
+
+
 def test_a_round_is_one_line(capsys):
     """Who finished, who did not, what was scaled, and what privacy was spent."""
     federate._show(
