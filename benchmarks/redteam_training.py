@@ -36,7 +36,7 @@ from fedsea.tasks.loading import load
 TOKENS = 32
 # As in the paper: attention only.
 LORA = LoraConfig(rank=8, alpha=16, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
-FEDSEA_SCALES = (0.02, 0.1)
+FEDSEA_SCALES = (0.02, 0.05, 0.1)
 
 
 def stories(assets: Path, encode: Encode, examples: int, held_out: int) -> TrainingData:
@@ -82,6 +82,7 @@ def r3(plan: TrainingPlan) -> TrainingPlan:
         guards=(Guarded(rows=FedSEAGaussian(0.1)),),
         gradient_noise=(0.5, 1.0, 2.0, 4.0),
         gradient_mu=(16.0, 4.0),
+        batch=8,
         steps=10,
         attacked=1,
     )
@@ -95,7 +96,7 @@ def labels(plan: TrainingPlan) -> TrainingPlan:
         guards=(Guarded(rows=FedSEAGaussian(0.1)),),
         gradient_noise=(1.0, 4.0),
         gradient_mu=(4.0,),
-        batch=8,
+        batch=32,
         steps=1,
         attacked=1,
     )
@@ -108,9 +109,10 @@ def r7(plan: TrainingPlan) -> TrainingPlan:
 
 def r8(plan: TrainingPlan) -> TrainingPlan:
     """The released adapter, without and with noise on what crosses the wire."""
-    both = Guarded(FedSEAGaussian(0.1), Gaussian(0.1, 8.0, Clipping.FROBENIUS))
+    rows, gradients = FedSEAGaussian(0.1), Gaussian(0.1, 8.0, Clipping.FROBENIUS)
+    guards = (Guarded(rows=rows), Guarded(gradients=gradients), Guarded(rows, gradients))
     return replace(
-        plan, attacks=("r8",), guards=(both,), steps=40, batch=8, attacked=1, canaries=32,
+        plan, attacks=("r8",), guards=guards, steps=40, batch=8, attacked=1, canaries=32,
         learning_rate=5e-3,
     )  # fmt: skip
 
@@ -118,14 +120,14 @@ def r8(plan: TrainingPlan) -> TrainingPlan:
 def decoder(plan: TrainingPlan) -> TrainingPlan:
     """The decoder of a malicious client, by FedSEA's noise on rows."""
     guards = tuple(Guarded(rows=FedSEAGaussian(scale)) for scale in FEDSEA_SCALES)
-    recipe = Recipe(Architecture.TRANSFORMER, hidden=128, steps=80, texts=256, learning_rate=4e-3)
+    recipe = Recipe(Architecture.TRANSFORMER, hidden=128, steps=200, texts=512, learning_rate=4e-3)
     return replace(plan, attacks=("r1", "r4t"), guards=guards, steps=1, attacked=1, recipe=recipe)
 
 
 Part = Callable[[TrainingPlan], TrainingPlan]
 PARTS: dict[str, tuple[Callable[..., TrainingData], Part, tuple[int, int]]] = {
     "r3": (stories, r3, (32, 16)),
-    "labels": (sentiments, labels, (16, 8)),
+    "labels": (sentiments, labels, (64, 8)),
     "r7": (stories, r7, (32, 16)),
     "r8": (stories, r8, (48, 200)),
     "decoder": (stories, decoder, (32, 16)),
@@ -323,7 +325,7 @@ def main() -> None:
     options.add_argument("--top", type=int, default=1)
     options.add_argument("--json", type=Path, required=True)
     options.add_argument("--report", type=Path)
-    given = options.parse_args()
+    given = options.parse_intermixed_args()
     if given.part:
         torch.set_num_threads(1)
         rows = measure(given.assets, given.part, given.model, given.bottom, given.top)
