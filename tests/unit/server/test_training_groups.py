@@ -774,7 +774,7 @@ class Restless:
             try:
                 client = await self.join(self.service, self.tenant, resume_steps=(self.done,))
             except Capacity:
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.005)
                 continue
             assert client.step == self.done
             return client
