@@ -7,7 +7,7 @@ import fedsea.transport  # noqa: F401
 
 # isort: split
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tests.tiny_models import VOCABULARY, save_tiny
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from fedsea.model import linears
 from fedsea.server.config import ServerConfig
 from fedsea.server.service import TrunkService
 from fedsea.transport.certificates import init_ca, issue_client, issue_server
@@ -28,6 +29,17 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
     "{% if add_generation_prompt %}a:{% endif %}"
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def packed_linears() -> Iterator[None]:
+    """Pack the linears of this process wherever that works.
+
+    Which kernel is faster is measured, and depends on the load: a test must not.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linears, "packing_is_faster", linears.packing_works)
+        yield
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:

@@ -63,13 +63,16 @@ class PackedLinear(nn.Module):
             product: Tensor = torch.ops.fedsea.packed_product(rows, self.number, self.out_features)
             return product
         if rows.requires_grad and torch.is_grad_enabled():
-            differentiable: Tensor = _PackedProduct.apply(rows, self)  # type: ignore[no-untyped-call]
-            return differentiable
+            # Flat, since the kernel gives more dimensions as a view, and autograd forbids changing a
+            # view in place (models that clip their projections do) where a function of ours made it.
+            flat = rows.reshape(-1, self.in_features)
+            differentiable: Tensor = _PackedProduct.apply(flat, self)  # type: ignore[no-untyped-call]
+            return differentiable.reshape(*rows.shape[:-1], self.out_features)
         return _packed_product(rows, self.weight, self.bias)
 
 
 class _PackedProduct(torch.autograd.Function):
-    """The product of a `PackedLinear`, the same with and without a gradient."""
+    """The product of a `PackedLinear` with (n, in) rows, the same with and without a gradient."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, layer: PackedLinear) -> Tensor:
@@ -160,7 +163,7 @@ def quantize_int8(module: nn.Module, release: Release = _keep) -> nn.Module:
 @functools.cache
 def packing_is_faster(dtype: torch.dtype) -> bool:
     """Whether packed weights win for one row on this machine; takes a few milliseconds."""
-    if dtype not in PACKABLE or not _packing_works(dtype):
+    if not packing_works(dtype):
         return False
     plain = [torch.ones(_PROBE_SIZE, _PROBE_SIZE, dtype=dtype) for _ in range(_PROBE_WEIGHTS)]
     packed = [_pack(weight) for weight in plain]
@@ -184,7 +187,11 @@ def _fastest(*works: Callable[[], object]) -> list[float]:
     return best
 
 
-def _packing_works(dtype: torch.dtype) -> bool:
+@functools.cache
+def packing_works(dtype: torch.dtype) -> bool:
+    """Whether this build of torch has packed weights of this dtype for this processor."""
+    if dtype not in PACKABLE:
+        return False
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops, "mkldnn"):
         return False
     try:

@@ -42,3 +42,14 @@ def test_a_packed_linear_keeps_nothing_for_the_backward():
     with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
         packed(torch.ones(2, 64, requires_grad=True))
     assert not saved
+
+
+def test_what_a_packed_linear_gives_may_be_changed_in_place():
+    """As models do that clip their projections; the gradient is that of the plain layer."""
+    plain = nn.Linear(48, 80).requires_grad_(False)
+    gradients = []
+    for layer in (plain, PackedLinear(plain)):
+        leaf = torch.linspace(-3, 3, 5 * 48).view(1, 5, 48).requires_grad_()
+        layer(leaf).clamp_(min=-0.5, max=0.5).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
