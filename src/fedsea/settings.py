@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from enum import StrEnum
@@ -18,6 +18,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from fedsea.errors import ConfigError
 
 Table = Mapping[str, Any]
+SectionReader = Callable[[type[Any], str, Table, Path | None, Table | None], Any]
 
 _S = TypeVar("_S")
 _E = TypeVar("_E", bound=StrEnum)
@@ -70,6 +71,43 @@ def section(
     for key in _required(kind):
         need(key in values, f"{name}.{key} is missing; add it")
     return kind(**values)
+
+
+def from_tables(
+    kind: type[_S],
+    table: Table,
+    base: Path | None = None,
+    overrides: Mapping[str, Table] | None = None,
+    read: SectionReader = section,
+) -> _S:
+    """Settings whose fields are sections, out of nested tables.
+
+    Args:
+        kind: the dataclass of all sections.
+        table: what the file says; its paths are relative to `base`.
+        base: the folder of the file; None leaves paths as they are.
+        overrides: by section, as for `section`.
+        read: reads a section, where some hold more than keys.
+
+    Raises:
+        ConfigError: a section or key is unknown or missing, or a value cannot be used.
+    """
+    kinds, given = get_type_hints(kind), overrides or {}
+    check_keys({**table, **given}, kinds, "the configuration")
+    return kind(
+        **{
+            name: read(each, name, table_at(table, name), base, given.get(name))
+            for name, each in kinds.items()
+        }
+    )
+
+
+def with_model(table: Table, base: Path | None) -> Table:
+    """A section in which a `model` that is a folder beside the file is meant as such."""
+    model = table.get("model")
+    if base is not None and isinstance(model, str) and (base / model).is_dir():
+        return {**table, "model": str(base / model)}
+    return table
 
 
 def table_at(table: Table, key: str, name: str | None = None) -> Table:

@@ -21,12 +21,13 @@ import torch
 from fedsea.errors import ConnectionLost
 from fedsea.federated.aggregator import Aggregator
 from fedsea.federated.arrays import packed, unpacked
-from fedsea.federated.config import FederationConfig, from_tables
+from fedsea.federated.config import FederationConfig
 from fedsea.federated.joining import ClientConfig
 from fedsea.federated.rounds import RoundReport
 from fedsea.federated.simulation import simulate
 from fedsea.model.adapters import TENSORS, read_adapter
 from fedsea.model.partition import Span
+from fedsea.settings import from_tables
 from fedsea.transport.certificates import init_ca, issue_client, issue_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

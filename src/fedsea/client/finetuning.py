@@ -37,7 +37,7 @@ from fedsea.model.checkpoints import Steps
 from fedsea.model.lora import TARGETS, LoraConfig
 from fedsea.model.partition import Partition
 from fedsea.privacy.attestation import Verifier
-from fedsea.settings import Table, check_keys, need, read_toml, section, table_at
+from fedsea.settings import Table, check_keys, need, read_toml, section, table_at, with_model
 from fedsea.tasks.catalogue import task
 from fedsea.tasks.loading import load
 from fedsea.tasks.records import Record, split, trainable
@@ -279,7 +279,7 @@ class FinetuneConfig:
         }
         given = overrides or {}
         check_keys({**table, **given}, kinds, "the configuration")
-        sections = {name: _with_model(table_at(table, name), base) for name in kinds}
+        sections = {name: with_model(table_at(table, name), base) for name in kinds}
         named = {**sections["data"], **given.get("data", {})}.get("task", "")
         held = _held(named) if isinstance(named, str) and named else {}
         built: dict[str, Any] = {
@@ -469,11 +469,3 @@ def _example_sets(
         record_examples(records, tokenizer, data.options),
         None if held_out is None else record_examples(held_out, tokenizer, data.options),
     )
-
-
-def _with_model(table: Table, base: Path | None) -> Table:
-    """A model that is a folder beside the file is meant as such."""
-    model = table.get("model")
-    if base is not None and isinstance(model, str) and (base / model).is_dir():
-        return {**table, "model": str(base / model)}
-    return table

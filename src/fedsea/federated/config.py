@@ -11,13 +11,11 @@ import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
-from fedsea import settings
-from fedsea.settings import need
+from fedsea.settings import from_tables, need, read_toml
 
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
-_S = TypeVar("_S")
 
 
 class Kind(StrEnum):
@@ -219,7 +217,8 @@ class FederationConfig:
         Raises:
             ConfigError: it cannot be read, or a key or value in it cannot be used.
         """
-        return read_settings(cls, Path(path))
+        path = Path(path)
+        return from_tables(cls, read_toml(path), path.parent)
 
     @property
     def least(self) -> int:
@@ -258,32 +257,8 @@ class AggregatorConfig(FederationConfig):
         Raises:
             ConfigError: it cannot be read, or a key or value in it cannot be used.
         """
-        return read_settings(cls, Path(path))
-
-
-def read_settings(cls: type[_S], path: Path) -> _S:
-    """Read the settings of `cls` out of a TOML file; its fields are the tables.
-
-    Raises:
-        ConfigError: the file cannot be read, or a key or value in it cannot be used.
-    """
-    return from_tables(cls, settings.read_toml(path), path.parent)
-
-
-def from_tables(cls: type[_S], table: settings.Table, base: Path | None = None) -> _S:
-    """Settings out of nested tables; paths are relative to `base`.
-
-    Raises:
-        ConfigError: a key or value cannot be used.
-    """
-    sections = get_type_hints(cls)
-    settings.check_keys(table, sections, "the configuration")
-    return cls(
-        **{
-            name: settings.section(kind, name, settings.table_at(table, name), base)
-            for name, kind in sections.items()
-        }
-    )
+        path = Path(path)
+        return from_tables(cls, read_toml(path), path.parent)
 
 
 def _named(key: str, text: str) -> None:

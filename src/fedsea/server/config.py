@@ -14,10 +14,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 from fedsea.errors import ConfigError
-from fedsea.settings import Table, check_keys, need, read_toml, section, table_at
+from fedsea.settings import Table, from_tables, need, read_toml, section, table_at, with_model
 
 DTYPES = ("fp32", "bf16", "fp16")
 QUANTIZATIONS = ("none", "int8", "nf4")
@@ -433,15 +433,7 @@ class ServerConfig:
         Raises:
             ConfigError: a key or value cannot be used.
         """
-        kinds = get_type_hints(cls)
-        given = overrides or {}
-        check_keys({**table, **given}, kinds, "the configuration")
-        return cls(
-            **{
-                name: _read(kind, name, table_at(table, name), base, given.get(name, {}))
-                for name, kind in kinds.items()
-            }
-        )
+        return from_tables(cls, table, base, overrides, _read)
 
 
 def parse_bytes(key: str, text: str) -> int:
@@ -458,12 +450,14 @@ _NAMED: Mapping[Any, type[Any]] = {
 }
 
 
-def _read(kind: type[Any], name: str, table: Table, base: Path | None, overrides: Table) -> Any:
+def _read(
+    kind: type[Any], name: str, table: Table, base: Path | None, overrides: Table | None
+) -> Any:
     """One section, those with tables inside them too."""
     if kind in _NAMED:
         return kind(named=_named(_NAMED[kind], name, table, base))
     if kind is QuotasSection:
-        return _quotas({**table, **overrides})
+        return _quotas({**table, **(overrides or {})})
     if kind is TrainingSection:
         groups = _named(
             GroupSection, "training.groups", table_at(table, "groups", "training.groups"), base
@@ -471,7 +465,7 @@ def _read(kind: type[Any], name: str, table: Table, base: Path | None, overrides
         flat = {key: value for key, value in table.items() if key != "groups"}
         return replace(section(kind, name, flat, base, overrides), groups=groups)
     if kind is ServerSection:
-        table = _with_model(table, base)
+        table = with_model(table, base)
     return section(kind, name, table, base, overrides)
 
 
@@ -495,14 +489,6 @@ def _named(kind: type[_S], name: str, table: Table, base: Path | None) -> dict[s
         key: section(kind, f"{name}.{key}", table_at(table, key, f"{name}.{key}"), base)
         for key in table
     }
-
-
-def _with_model(table: Table, base: Path | None) -> Table:
-    """A model that is a folder beside the file is meant as such."""
-    model = table.get("model")
-    if base is not None and isinstance(model, str) and (base / model).is_dir():
-        return {**table, "model": str(base / model)}
-    return table
 
 
 def _at_least(least: int, section: str, owner: Any, *names: str) -> None:

@@ -11,11 +11,12 @@ from tests.federated_steps import Steps
 
 from fedsea.federated.arrays import Arrays
 from fedsea.federated.client_app import client_app
-from fedsea.federated.config import FederationConfig, SecureSection, from_tables
+from fedsea.federated.config import FederationConfig, SecureSection
 from fedsea.federated.local import LocalClient, Policy
 from fedsea.federated.memory import MemoryGrid, new_context
 from fedsea.federated.requests import Requests
 from fedsea.federated.rounds import Federation, RoundReport
+from fedsea.settings import from_tables
 
 
 class Simulated:

@@ -8,8 +8,8 @@ from fedsea.federated.config import (
     FederationConfig,
     Kind,
     SecureSection,
-    from_tables,
 )
+from fedsea.settings import from_tables
 
 SECTION = {"name": "trial", "clients": ["acme", "globex", "initech"], "folder": "out"}
 

@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 
 from fedsea.errors import ConfigError
-from fedsea.federated.config import FederationConfig, from_tables
+from fedsea.federated.config import FederationConfig
 from fedsea.federated.joining import ClientConfig
 from fedsea.federated.simulation import simulate
+from fedsea.settings import from_tables
 
 RUN = {"model": "model", "data": "train.jsonl", "out": "out"}
 
