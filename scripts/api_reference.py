@@ -20,7 +20,7 @@ from typing import Any
 import fedsea
 from fedsea.client.background import Pending
 from fedsea.client.generation import Timing
-from fedsea.client.remote import Traffic
+from fedsea.client.link import Traffic
 from fedsea.client.streams import Stream
 from fedsea.client.trainer import Callback, StepReport, Summary
 

@@ -11,9 +11,9 @@ if _typing.TYPE_CHECKING:
     from fedsea.client.examples import Example
     from fedsea.client.generation import Completion, Sample
     from fedsea.client.huggingface import SplitForCausalLM
+    from fedsea.client.link import Patience
     from fedsea.client.llm import LLM
     from fedsea.client.protection import Protection
-    from fedsea.client.remote import Patience
     from fedsea.client.sampling import FinishReason, SamplingParams
     from fedsea.client.sessions import Chat, Session
     from fedsea.client.trainer import Trainer
@@ -68,7 +68,7 @@ _HOMES = {
     "FinishReason": "fedsea.client.sampling",
     "LoraConfig": "fedsea.model.lora",
     "Partition": "fedsea.model.partition",
-    "Patience": "fedsea.client.remote",
+    "Patience": "fedsea.client.link",
     "Placeholders": "fedsea.privacy.placeholders.config",
     "Plaintext": "fedsea.transport.credentials",
     "Protection": "fedsea.client.protection",

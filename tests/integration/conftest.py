@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from fedsea.client.background import Background
+from fedsea.client.link import Patience
 from fedsea.client.llm import LLM
-from fedsea.client.remote import Patience
 from fedsea.transport.credentials import ClientTLS
 
 READY_SECONDS = 60.0

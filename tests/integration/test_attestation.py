@@ -24,7 +24,7 @@ from tests.integration.conftest import free_port, processes, tls_of
 from tests.signing_service import IMAGE, ISSUER, SigningService, good_claims
 
 from fedsea.client.background import Background
-from fedsea.client.remote import Patience
+from fedsea.client.link import Patience
 from fedsea.client.sessions import Session
 from fedsea.errors import AttestationError, FedseaError, Unreachable
 from fedsea.privacy.attestation import Attested, Evidence, TokenVerifier, Verifier

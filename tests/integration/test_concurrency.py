@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from fedsea.client.remote import Patience
+from fedsea.client.link import Patience
 from fedsea.client.sessions import Session
 from fedsea.errors import Capacity
 

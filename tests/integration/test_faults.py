@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from tests.integration.conftest import free_port, tls_of
 
-from fedsea.client.remote import Patience
+from fedsea.client.link import Patience
 from fedsea.client.sessions import Session
 from fedsea.errors import QuotaExceeded, SecurityError, Unreachable
 from fedsea.transport.certificates import init_ca, issue_client, load_authority

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from fedsea.client.remote import Patience
+from fedsea.client.link import Patience
 from fedsea.client.sessions import Session
 from fedsea.errors import Unreachable
 

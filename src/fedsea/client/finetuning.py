@@ -24,8 +24,8 @@ from fedsea.client.examples import (
     read_examples,
     record_examples,
 )
+from fedsea.client.link import Patience, Tell
 from fedsea.client.llm import load_tokenizer
-from fedsea.client.remote import Patience, Tell
 from fedsea.client.trainer import CHECKPOINTS, MOST_OFFERED, Callback, Summary, Trainer, ended_run
 from fedsea.client.training import PARTS, SplitForTraining
 from fedsea.client.training_config import SECTION, TrainerConfig

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fedsea.client.link import Traffic
 from fedsea.client.protection import Spent
-from fedsea.client.remote import Traffic
 from fedsea.client.sampling import FinishReason, Sampler, SamplingParams
 from fedsea.client.split import Progress, SplitSession
 from fedsea.client.text import IncrementalDecoder, StopStrings, decode

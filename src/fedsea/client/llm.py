@@ -25,10 +25,10 @@ from fedsea.client.connecting import (
     placement_of,
 )
 from fedsea.client.generation import Completion, Request, complete
+from fedsea.client.link import Patience, Tell
 from fedsea.client.local import LocalParts
 from fedsea.client.protection import PLAIN, Cut, Mode, Protection, ReleasePolicy
 from fedsea.client.releases import DEFAULT_MEMORY, ReleaseStore
-from fedsea.client.remote import Patience, Tell
 from fedsea.client.sampling import SamplingParams
 from fedsea.client.servers import Expectation
 from fedsea.client.split import Progress, SplitModel

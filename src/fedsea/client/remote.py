@@ -11,26 +11,26 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from fedsea.client.link import Link, Patience, Tell, Traffic, defect
 from fedsea.client.releases import ReleaseLog, ReleaseStore
-from fedsea.client.servers import Endpoint, Expectation, common_limits, first_that_takes
+from fedsea.client.servers import Endpoint, Expectation, first_that_takes
 from fedsea.errors import (
-    ConnectionLost,
     DeadlineExceeded,
     Draining,
     FedseaError,
     SessionLost,
     TransportError,
 )
-from fedsea.transport.base import ClientStream
 from fedsea.wire.codecs import RowFormat
 from fedsea.wire.connection import Connection
+from fedsea.wire.description import limits_for
 from fedsea.wire.limits import DEFAULT_LIMITS, Limits
 from fedsea.wire.messages import (
     Append,
@@ -40,7 +40,6 @@ from fedsea.wire.messages import (
     Fork,
     Notice,
     Open,
-    Opened,
     Output,
     Role,
     Rollback,
@@ -50,21 +49,6 @@ from fedsea.wire.messages import (
 
 # Pieces of at most this many rows share a message; larger ones, the chunks of a prompt, go alone.
 _SMALL_PIECE = 8
-
-Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """How long the client waits, in seconds.
-
-    `open` bounds the wait for a place at a busy server, `recover` the time without any server
-    after a break, `answer` the silence of a server that owes an output.
-    """
-
-    open: float = 30.0
-    recover: float = 60.0
-    answer: float = 120.0
 
 
 @dataclass(slots=True, eq=False)
@@ -104,24 +88,6 @@ class _Part(_Piece):
 
 
 @dataclass(slots=True)
-class Traffic:
-    """Messages and bytes of a session, in both directions."""
-
-    messages_up: int = 0
-    messages_down: int = 0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    rows_up: int = 0
-    rows_down: int = 0
-    compute_us: int = 0
-
-    def since(self, earlier: Traffic) -> Traffic:
-        """What was added to an earlier state of the same figures."""
-        names = (entry.name for entry in fields(self))
-        return Traffic(*(getattr(self, name) - getattr(earlier, name) for name in names))
-
-
-@dataclass(slots=True)
 class _Chain:
     """A sequence as this side knows it."""
 
@@ -129,17 +95,11 @@ class _Chain:
     log: ReleaseLog
 
 
-@dataclass(slots=True)
-class _Link:
-    """One open stream and what is on its way over it."""
+@dataclass(slots=True, eq=False)
+class _Link(Link[list[_Piece]]):
+    """A link with what waits to be sent over it."""
 
-    stream: ClientStream
-    connection: Connection
-    address: str
     outbox: asyncio.Queue[bytes] = field(default_factory=asyncio.Queue)
-    sent: deque[list[_Piece]] = field(default_factory=deque)
-    tasks: list[asyncio.Task[None]] = field(default_factory=list)
-    heard: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,10 +278,7 @@ class RemoteTrunk:
             self._post(self._link, event)
 
     def _post(self, link: _Link, event: Open | Begin | Fork | Rollback | Drop | Append) -> None:
-        data = link.connection.send(event)
-        self.traffic.messages_up += 1
-        self.traffic.bytes_up += len(data)
-        link.outbox.put_nowait(data)
+        link.outbox.put_nowait(link.encoded(event))
 
     def _owed(
         self, sequence: int, start: int, count: int, want: Want, data: bytes | None = None
@@ -391,14 +348,11 @@ class RemoteTrunk:
             self._break(link, error)
 
     def _send_waiting(self, link: _Link) -> None:
-        if not link.sent:
-            # Only now does the server begin to owe an answer.
-            link.heard = time.monotonic()
         while self._waiting and link.connection.pending < link.connection.limits.max_pending:
             pieces = self._next_pieces()
             segments = tuple(Segment(p.sequence, p.start, p.count, p.want) for p in pieces)
             rows = b"".join(map(self._bytes_of, pieces))
-            link.sent.append(pieces)
+            link.owe(pieces)
             self.traffic.rows_up += sum(piece.count for piece in pieces)
             self._post(link, Append(next(self._ids), segments, rows))
 
@@ -436,11 +390,11 @@ class RemoteTrunk:
         try:
             async with asyncio.timeout(within):
                 description = await endpoint.describe(self._plan.expectation)
-                limits = common_limits(self._limits, description)
+                limits = limits_for(description, self._limits)
                 stream = await endpoint.channel().open_stream()
                 connection = Connection(Role.CLIENT, limits, hidden_size=self._hidden_size)
-                link = _Link(stream, connection, endpoint.address)
-                await self._greet(link)
+                link = _Link(stream, connection, endpoint.address, self.traffic)
+                await link.greet(self._hello())
         except TimeoutError as error:
             raise DeadlineExceeded(f"{endpoint.address} did not answer in time") from error
         self._link = link
@@ -454,9 +408,9 @@ class RemoteTrunk:
         self._replay(link)
         self._pump_soon()
 
-    async def _greet(self, link: _Link) -> None:
+    def _hello(self) -> Open:
         expected, up = self._plan.expectation, self._plan.up
-        hello = Open(
+        return Open(
             fingerprint=expected.fingerprint,
             first_block=expected.trunk.first,
             end_block=expected.trunk.end,
@@ -470,24 +424,6 @@ class RemoteTrunk:
             up_scale=up.scale,
             projection=expected.projection,
         )
-        try:
-            data = link.connection.send(hello)
-            self.traffic.messages_up += 1
-            self.traffic.bytes_up += len(data)
-            with suppress(ConnectionLost):
-                # A refusal can end the stream while we still send; `receive` says why.
-                await link.stream.send(data)
-            answer = await link.stream.receive()
-            if answer is None:
-                raise ConnectionLost(f"{link.address} closed the session at once; try again")
-            self.traffic.messages_down += 1
-            self.traffic.bytes_down += len(answer)
-            event = link.connection.receive(answer)
-            if not isinstance(event, Opened):
-                raise ConnectionLost(f"{link.address} did not confirm the session; try again")
-        except BaseException:
-            await link.stream.cancel()
-            raise
 
     def _replay(self, link: _Link) -> None:
         """Say again what the server must know: sequences, answered rows, then unanswered pieces.
@@ -524,13 +460,7 @@ class RemoteTrunk:
     async def _read(self, link: _Link) -> None:
         try:
             while True:
-                data = await link.stream.receive()
-                if data is None:
-                    raise SessionLost("the server ended the session")
-                link.heard = time.monotonic()
-                self.traffic.messages_down += 1
-                self.traffic.bytes_down += len(data)
-                event = link.connection.receive(data)
+                event = await link.receive()
                 if isinstance(event, Output):
                     self._arrive(link, event)
                 elif isinstance(event, Notice):
@@ -538,19 +468,15 @@ class RemoteTrunk:
         except FedseaError as error:
             self._break(link, error)
         except Exception as error:
-            self._break(link, _defect(error))
+            self._break(link, defect(error))
             raise
 
     async def _watch(self, link: _Link) -> None:
         """Break a link whose server owes an answer for too long."""
-        while True:
-            await asyncio.sleep(self._patience.answer / 4)
-            if link.sent and time.monotonic() - link.heard > self._patience.answer:
-                silence = f"{link.address} owes an answer for {self._patience.answer:g} s"
-                self._break(link, DeadlineExceeded(silence))
+        self._break(link, await link.silence(self._patience.answer))
 
     def _arrive(self, link: _Link, output: Output) -> None:
-        pieces = link.sent.popleft()
+        pieces = link.owed.popleft()
         count = sum(segment.count for segment in output.segments)
         self.traffic.rows_down += count
         self.traffic.compute_us += output.compute_us
@@ -615,8 +541,8 @@ class RemoteTrunk:
         except FedseaError as final:
             self._fail(final)
             return
-        except Exception as defect:
-            self._fail(_defect(defect))
+        except Exception as error_of_ours:
+            self._fail(defect(error_of_ours))
             raise
         rows = sum(len(chain.log) for chain in self._chains.values())
         self._notify(
@@ -641,8 +567,3 @@ class RemoteTrunk:
                 task.cancel()
         with suppress(FedseaError):
             await link.stream.cancel()
-
-
-def _defect(error: Exception) -> FedseaError:
-    """What callers get who must not wait for ever because of a mistake of ours."""
-    return FedseaError(f"the client failed with {type(error).__name__}; please report it")

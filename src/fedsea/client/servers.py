@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from fedsea.errors import (
     Capacity,
@@ -24,7 +24,6 @@ from fedsea.model.partition import Span
 from fedsea.transport.base import Channel
 from fedsea.wire.codecs import Codec
 from fedsea.wire.description import decode_description
-from fedsea.wire.limits import Limits
 from fedsea.wire.messages import PROTOCOL_VERSION, Description
 
 _FIRST_PAUSE = 0.1
@@ -120,20 +119,6 @@ def rotate(endpoints: Sequence[Endpoint], first: int) -> list[Endpoint]:
     """All endpoints, beginning with number `first`."""
     start = first % len(endpoints)
     return [*endpoints[start:], *endpoints[:start]]
-
-
-def common_limits(ours: Limits, served: Description) -> Limits:
-    """What both sides accept."""
-    return replace(
-        ours,
-        max_message_bytes=min(ours.max_message_bytes, served.max_message_bytes),
-        max_rows_per_message=min(ours.max_rows_per_message, served.max_rows_per_message),
-        max_segments=min(ours.max_segments, served.max_segments),
-        max_sequences=min(ours.max_sequences, served.max_sequences),
-        max_pending=min(ours.max_pending, served.max_pending),
-        # A server that trains nothing says 0; then the cap is never reached.
-        max_forwards=min(ours.max_forwards, served.max_forwards or ours.max_forwards),
-    )
 
 
 async def first_that_takes(

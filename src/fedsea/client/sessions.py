@@ -23,8 +23,8 @@ from fedsea.client.generation import (
     counts_of,
     restorer_of,
 )
+from fedsea.client.link import Traffic
 from fedsea.client.llm import LLM, Message, check_unicode, streamed, substituted
-from fedsea.client.remote import Traffic
 from fedsea.client.sampling import FinishReason, Sampler, SamplingParams
 from fedsea.client.split import Progress, SplitSession
 from fedsea.client.streams import Feed, Stream

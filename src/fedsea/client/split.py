@@ -17,11 +17,12 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from fedsea.client.link import Patience, Tell, Traffic
 from fedsea.client.local import BottomJob, LocalParts, TopJob, TopResult
 from fedsea.client.protection import ReleasePolicy, Spent
 from fedsea.client.protector import Protector
 from fedsea.client.releases import ReleaseStore
-from fedsea.client.remote import Patience, RemoteTrunk, SessionPlan, Tell, Traffic
+from fedsea.client.remote import RemoteTrunk, SessionPlan
 from fedsea.client.sampling import Sampler
 from fedsea.client.servers import Endpoint, Expectation
 from fedsea.errors import FedseaError, PromptTooLong

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from fedsea.client.background import Background, Pending
-from fedsea.client.remote import Traffic
+from fedsea.client.link import Traffic
 from fedsea.client.split import SplitModel, SplitSession
 from fedsea.errors import RequestError
 from fedsea.model.kv_pool import pages_for

@@ -38,7 +38,7 @@ from fedsea.client.connecting import (
     first_description,
     placement_of,
 )
-from fedsea.client.remote import Patience, Tell, Traffic
+from fedsea.client.link import Patience, Tell, Traffic
 from fedsea.client.servers import Endpoint, Expectation
 from fedsea.client.training_trunk import TrainingPlan, TrainingTrunk
 from fedsea.errors import ConfigError, FedseaError, LocalProtocolError, NotFinite, RequestError

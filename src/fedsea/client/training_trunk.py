@@ -9,14 +9,12 @@ session again with the steps that it could go on from.
 from __future__ import annotations
 
 import asyncio
-import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from fedsea.client.remote import Patience, Tell, Traffic
-from fedsea.client.servers import Endpoint, Expectation, common_limits, first_that_takes
+from fedsea.client.link import Link, Patience, Tell, Traffic, defect
+from fedsea.client.servers import Endpoint, Expectation, first_that_takes
 from fedsea.errors import (
     CheckpointError,
     ConfigError,
@@ -31,9 +29,9 @@ from fedsea.errors import (
 )
 from fedsea.model.lora import LoraConfig
 from fedsea.model.optimization import AdamWConfig
-from fedsea.transport.base import ClientStream
 from fedsea.wire.codecs import RowFormat
 from fedsea.wire.connection import Connection
+from fedsea.wire.description import limits_for
 from fedsea.wire.limits import DEFAULT_LIMITS, Limits
 from fedsea.wire.messages import (
     Activations,
@@ -46,7 +44,6 @@ from fedsea.wire.messages import (
     Gradients,
     Lora,
     Notice,
-    Opened,
     OpenTraining,
     Reset,
     Role,
@@ -107,19 +104,13 @@ class TrainingPlan:
 
 
 @dataclass(slots=True, eq=False)
-class _Link:
-    """One open stream and the answers that it owes, in order."""
+class _Link(Link[asyncio.Future[Event]]):
+    """A link with what the server of it takes."""
 
-    stream: ClientStream
-    connection: Connection
-    address: str
     room: asyncio.Semaphore
     first_id: int
     longest: int
-    owed: deque[asyncio.Future[Event]] = field(default_factory=deque)
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)
-    tasks: list[asyncio.Task[None]] = field(default_factory=list)
-    heard: float = field(default_factory=time.monotonic)
 
 
 class TrainingTrunk:
@@ -321,7 +312,7 @@ class TrainingTrunk:
                         f"{endpoint.address} trains nothing; "
                         "let its operator add [training] to its configuration"
                     )
-                limits = common_limits(self._limits, served)
+                limits = limits_for(served, self._limits)
                 hidden_size = self.plan.expectation.hidden_size
                 connection = Connection(Role.CLIENT, limits, hidden_size=hidden_size)
                 stream = await endpoint.channel().open_stream()
@@ -329,8 +320,10 @@ class TrainingTrunk:
                 longest = self._rows_that_fit(limits)
                 if served.max_context:
                     longest = min(longest, served.max_context - self.plan.prompt_rows)
-                link = _Link(stream, connection, endpoint.address, room, self._next_id, longest)
-                await self._greet(link)
+                link = _Link(
+                    stream, connection, endpoint.address, self.traffic, room, self._next_id, longest
+                )
+                self._step = (await link.greet(self._hello())).step
         except TimeoutError as error:
             raise DeadlineExceeded(f"{endpoint.address} did not answer in time") from error
         self._link = link
@@ -338,22 +331,6 @@ class TrainingTrunk:
             asyncio.create_task(self._read(link)),
             asyncio.create_task(self._watch(link)),
         ]
-
-    async def _greet(self, link: _Link) -> None:
-        try:
-            with suppress(ConnectionLost):
-                # A refusal can end the stream while we still send; `receive` says why.
-                await self._tell(link, self._hello())
-            answer = await link.stream.receive()
-            if answer is None:
-                raise ConnectionLost(f"{link.address} closed the session at once; try again")
-            event = self._received(link, answer)
-            if not isinstance(event, Opened):
-                raise ConnectionLost(f"{link.address} did not confirm the session; try again")
-            self._step = event.step
-        except BaseException:
-            await link.stream.cancel()
-            raise
 
     def _hello(self) -> OpenTraining:
         plan = self.plan
@@ -407,24 +384,15 @@ class TrainingTrunk:
             async with link.sending:
                 if self._link is not link:
                     raise self._failure
-                data = self._encoded(link, event)
-                if not link.owed:
-                    # Only now does the server begin to owe an answer.
-                    link.heard = time.monotonic()
-                link.owed.append(answer)
+                data = link.encoded(event)
+                link.owe(answer)
                 await self._send(link, data)
             return await answer
 
     async def _tell(self, link: _Link, event: Event) -> None:
         """Send an event that has no answer."""
         async with link.sending:
-            await self._send(link, self._encoded(link, event))
-
-    def _encoded(self, link: _Link, event: Event) -> bytes:
-        data = link.connection.send(event)
-        self.traffic.messages_up += 1
-        self.traffic.bytes_up += len(data)
-        return data
+            await self._send(link, link.encoded(event))
 
     async def _send(self, link: _Link, data: bytes) -> None:
         try:
@@ -439,11 +407,7 @@ class TrainingTrunk:
     async def _read(self, link: _Link) -> None:
         try:
             while True:
-                data = await link.stream.receive()
-                if data is None:
-                    raise SessionLost("the server ended the session")
-                link.heard = time.monotonic()
-                event = self._received(link, data)
+                event = await link.receive()
                 if isinstance(event, Activations | Gradients | Stepped | Saved):
                     answer = link.owed.popleft()
                     if not answer.done():
@@ -457,22 +421,12 @@ class TrainingTrunk:
             with suppress(FedseaError):
                 await link.stream.cancel()
         except Exception as error:
-            kind = type(error).__name__
-            self._break(link, FedseaError(f"the client failed with {kind}; please report it"))
+            self._break(link, defect(error))
             raise
-
-    def _received(self, link: _Link, data: bytes) -> Event:
-        self.traffic.messages_down += 1
-        self.traffic.bytes_down += len(data)
-        return link.connection.receive(data)
 
     async def _watch(self, link: _Link) -> None:
         """Break a link whose server owes an answer for too long."""
-        while True:
-            await asyncio.sleep(self._patience.answer / 4)
-            if link.owed and time.monotonic() - link.heard > self._patience.answer:
-                silence = f"{link.address} owes an answer for {self._patience.answer:g} s"
-                self._break(link, DeadlineExceeded(silence))
+        self._break(link, await link.silence(self._patience.answer))
 
     def _notify(self, line: str) -> None:
         """Tell the caller, whose mistakes must not become ours."""

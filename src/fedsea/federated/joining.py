@@ -14,7 +14,7 @@ from typing import Final, Self
 from fedsea import settings
 from fedsea.client.connecting import Servers
 from fedsea.client.finetuning import FinetuneConfig, Finetuning
-from fedsea.client.remote import Tell
+from fedsea.client.link import Tell
 from fedsea.errors import ConfigError
 from fedsea.federated.config import Neighbours, PrivacySection, SecureSection
 from fedsea.federated.local import LocalClient, Policy

@@ -119,12 +119,14 @@ def decode_description(data: bytes) -> Description:
 
 
 def limits_for(description: Description, own: Limits = DEFAULT_LIMITS) -> Limits:
-    """The caps of a client that talks to this server: of each, the smaller of both sides'."""
+    """The caps of a client that talks to this server: of each, the smaller of both sides'.
+
+    Not of the capacity: a server that refuses too long a sequence says what it serves.
+    """
     shared = {name: min(getattr(own, name), getattr(description, name)) for name in _CAPS}
-    capacity = min(own.max_capacity, description.max_context)
     # A server that trains nothing says 0; the cap is then never reached.
     forwards = min(own.max_forwards, description.max_forwards or own.max_forwards)
-    return replace(own, max_capacity=capacity, max_forwards=forwards, **shared)
+    return replace(own, max_forwards=forwards, **shared)
 
 
 def _parse(kind: type[_M], data: bytes) -> _M:

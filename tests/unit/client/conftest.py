@@ -14,8 +14,8 @@ from tests.conftest import memory_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from fedsea.client.link import Patience
 from fedsea.client.llm import LLM
-from fedsea.client.remote import Patience
 from fedsea.errors import ConnectionLost, Unreachable
 from fedsea.server.service import TrunkService
 from fedsea.transport.base import Channel, ClientStream, Handler

@@ -13,8 +13,8 @@ import torch
 from tests.conftest import memory_config
 from tests.tiny_models import save_tiny
 
+from fedsea.client.link import Patience
 from fedsea.client.llm import LLM, check_unicode
-from fedsea.client.remote import Patience
 from fedsea.client.sampling import FinishReason, SamplingParams, derive_seed
 from fedsea.errors import (
     Capacity,

@@ -13,8 +13,9 @@ import torch
 from tests.conftest import memory_config
 from tests.unit.client.conftest import BRIEF, Wire
 
+from fedsea.client.link import Patience
 from fedsea.client.releases import ReleaseStore
-from fedsea.client.remote import Patience, RemoteTrunk, SessionPlan
+from fedsea.client.remote import RemoteTrunk, SessionPlan
 from fedsea.client.servers import Endpoint, Expectation
 from fedsea.errors import (
     Capacity,

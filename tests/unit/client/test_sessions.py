@@ -7,7 +7,7 @@ from concurrent.futures import CancelledError
 
 import pytest
 
-from fedsea.client.remote import Patience
+from fedsea.client.link import Patience
 from fedsea.client.sampling import FinishReason
 from fedsea.client.sessions import Chat, Session
 from fedsea.errors import ConfigError, PromptTooLong, RequestError, Unreachable

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedsea.client.examples import Example
-from fedsea.client.remote import Patience
+from fedsea.client.link import Patience
 from fedsea.client.trainer import ADAPTER, CHECKPOINTS, Callback, StepReport, Summary, Trainer
 from fedsea.client.training import PARTS, SplitForTraining
 from fedsea.client.training_config import TrainerConfig

@@ -13,7 +13,7 @@ from tests.training_trunk import TinyTrainingTrunk
 from tests.unit.client.conftest import BRIEF, Wire
 from torch import Tensor
 
-from fedsea.client.remote import Patience
+from fedsea.client.link import Patience
 from fedsea.client.servers import Endpoint, Expectation
 from fedsea.client.training_trunk import TrainingPlan, TrainingTrunk
 from fedsea.errors import Capacity, ConnectionLost, QuotaExceeded, Unreachable

@@ -10,7 +10,7 @@ from tests.tiny_models import VOCABULARY, save_tiny
 from tests.training_trunk import TinyTrainingTrunk
 
 from fedsea.client.examples import Example
-from fedsea.client.remote import Patience
+from fedsea.client.link import Patience
 from fedsea.client.training import SplitForTraining
 from fedsea.client.training_config import TrainerConfig
 from fedsea.errors import ConfigError, NotFinite

@@ -107,7 +107,6 @@ def test_limits_are_the_smaller_of_both_sides():
         max_message_bytes=2**20,
         max_rows_per_message=5,
         max_sequences=9,
-        max_capacity=4096,
         max_pending=3,
         max_forwards=5,
     )
