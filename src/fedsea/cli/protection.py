@@ -22,6 +22,25 @@ _PANEL = "Privacy"
 PLAIN = "plain"
 
 
+LedgerFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="File that counts what was spent.",
+        envvar="FEDSEA_LEDGER",
+        show_default="of this user",
+        rich_help_panel=_PANEL,
+    ),
+]
+Delta = Annotated[
+    float | None,
+    typer.Option(
+        help="At which epsilon is shown and the budget holds.",
+        show_default="1e-05",
+        rich_help_panel=_PANEL,
+    ),
+]
+
+
 class PrivacyUnit(StrEnum):
     """What a guarantee protects."""
 
@@ -57,15 +76,7 @@ class ProtectionOptions:
             rich_help_panel=_PANEL,
         ),
     ] = None
-    ledger: Annotated[
-        Path | None,
-        typer.Option(
-            help="File that counts what was spent.",
-            envvar="FEDSEA_LEDGER",
-            show_default="of this user",
-            rich_help_panel=_PANEL,
-        ),
-    ] = None
+    ledger: LedgerFile = None
     epsilon: Annotated[
         float | None,
         typer.Option(
@@ -74,14 +85,7 @@ class ProtectionOptions:
             rich_help_panel=_PANEL,
         ),
     ] = None
-    delta: Annotated[
-        float | None,
-        typer.Option(
-            help="At which epsilon is shown and the budget holds.",
-            show_default="1e-05",
-            rich_help_panel=_PANEL,
-        ),
-    ] = None
+    delta: Delta = None
     public_prefix: Annotated[
         str | None,
         typer.Option(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedsea.cli import screen
 from fedsea.cli.options import ConnectionOptions
-from fedsea.cli.protection import PLAIN, prefix_of, tenant_of
+from fedsea.cli.protection import PLAIN, Delta, LedgerFile, prefix_of, tenant_of
 from fedsea.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,15 +54,7 @@ class TrainingProtectionOptions:
             rich_help_panel=_PANEL,
         ),
     ] = False
-    ledger: Annotated[
-        Path | None,
-        typer.Option(
-            help="File that counts what was spent.",
-            envvar="FEDSEA_LEDGER",
-            show_default="of this user",
-            rich_help_panel=_PANEL,
-        ),
-    ] = None
+    ledger: LedgerFile = None
     epsilon: Annotated[
         float | None,
         typer.Option(
@@ -72,14 +63,7 @@ class TrainingProtectionOptions:
             rich_help_panel=_PANEL,
         ),
     ] = None
-    delta: Annotated[
-        float | None,
-        typer.Option(
-            help="At which epsilon is shown and the budget holds.",
-            show_default="1e-05",
-            rich_help_panel=_PANEL,
-        ),
-    ] = None
+    delta: Delta = None
     public_prefix: Annotated[
         str | None,
         typer.Option(

@@ -7,7 +7,8 @@ session does under it is `fedsea.client.protector`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -128,14 +129,8 @@ class Protection:
         mechanism = self._mechanism(cut, width, projection)
         denoiser = self._denoiser(cut, unit, mechanism, projection)
         public = PublicPrefix.of(self.public_prefix, tokenizer)
-        if not 0 < self.delta < 1:
-            raise ConfigError(f"delta {self.delta} is no probability: give one between 0 and 1")
-        ledger = Ledger.open(self.ledger if self.ledger is not None else default_path())
-        try:
+        with ledger_to_keep(self.ledger, self.delta) as ledger:
             account = ledger.account(self.tenant, unit, mechanism, self.record, self.budget)
-        except BaseException:
-            ledger.close()
-            raise
         return ReleasePolicy(
             mechanism=mechanism,
             loss=mechanism.loss(),
@@ -351,6 +346,21 @@ class Spent:
     def describe(self) -> str:
         """One line for people."""
         return f"{self.releases} releases charged, unit {self.unit.value}: {self.guarantee()}"
+
+
+@contextmanager
+def ledger_to_keep(path: str | Path | None, delta: float) -> Iterator[Ledger]:
+    """Open a ledger, None for that of this user; it stays open unless the block fails.
+
+    Raises:
+        ConfigError: epsilon cannot be told at this delta.
+        LedgerError: the ledger cannot be used.
+    """
+    if not 0 < delta < 1:
+        raise ConfigError(f"delta {delta} is no probability: give one between 0 and 1")
+    with ExitStack() as stack:
+        yield stack.enter_context(Ledger.open(path if path is not None else default_path()))
+        stack.pop_all()
 
 
 def account_line(statement: Statement, delta: float) -> str:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fedsea import artifacts
-from fedsea.client.examples import Batches, Example, StepBatches
+from fedsea.client.examples import Example, StepBatches
 from fedsea.client.trainable import Moved, TrainableModel, answer_loss, trainable
 from fedsea.client.training import SplitForTraining
 from fedsea.client.training_config import SAVE_EVERY, SECTION, LossScaling, TrainerConfig
@@ -217,8 +217,8 @@ class Trainer:
         self._config = config
         self._callbacks = tuple(callbacks)
         self._train = train
-        self._batches = _batches(train, config, config.accumulate)
-        self._evaluation = None if not evaluation else _batches(evaluation, config, 1)
+        self._batches = config.batches(train)
+        self._evaluation = None if not evaluation else config.batches(evaluation, accumulate=1)
         if config.patience is not None and (self._evaluation is None or folder is None):
             raise ConfigError(
                 "patience needs examples to evaluate on, and a folder that keeps the best step; "
@@ -634,16 +634,6 @@ class _Speed:
     def tokens_per_second(self) -> float:
         seconds = sum(seconds for seconds, _ in self._steps)
         return sum(tokens for _, tokens in self._steps) / seconds if seconds else 0.0
-
-
-def _batches(examples: Sequence[Example], config: TrainerConfig, accumulate: int) -> Batches:
-    return Batches(
-        examples,
-        batch_size=config.batch_size or None,
-        rows=config.batch_rows,
-        accumulate=accumulate,
-        seed=config.seed,
-    )
 
 
 def _not_finite(

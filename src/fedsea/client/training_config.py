@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from fedsea.client.examples import Batches, Example
 from fedsea.errors import ConfigError
 from fedsea.model.optimization import AdamWConfig
 from fedsea.settings import Table, check_keys, choice, need, read_toml, section, table_at
@@ -133,6 +135,20 @@ class TrainerConfig:
     def clip(self) -> float | None:
         """The largest norm of a gradient; None for any."""
         return self.max_grad_norm or None
+
+    def batches(self, examples: Sequence[Example], accumulate: int | None = None) -> Batches:
+        """The order in which steps see examples; `accumulate` stands in for the setting.
+
+        Raises:
+            ConfigError, DataError: as `Batches`.
+        """
+        return Batches(
+            examples,
+            batch_size=self.batch_size or None,
+            rows=self.batch_rows,
+            accumulate=self.accumulate if accumulate is None else accumulate,
+            seed=self.seed,
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> TrainerConfig:

@@ -34,7 +34,6 @@ were clipped. What the bottom learns from it stays here.
 from __future__ import annotations
 
 import logging
-import math
 import secrets
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -54,20 +53,16 @@ from fedsea.client.protection import (
     DEFAULT_TENANT,
     PublicPrefix,
     account_line,
+    ledger_to_keep,
 )
 from fedsea.client.releases import Release, ReleaseStore
 from fedsea.errors import BudgetExceeded, ConfigError, LedgerError, LocalProtocolError, NotFinite
 from fedsea.privacy.accounts import DEFAULT_DELTA, Budget, Charge, Spending, Statement
-from fedsea.privacy.clipping import Clipping
-from fedsea.privacy.gaussian import Gaussian
-from fedsea.privacy.ledger import Account, Ledger, Reservation, default_path
+from fedsea.privacy.ledger import Account, Ledger, Reservation
 from fedsea.privacy.mechanism import Mechanism, Unit
 from fedsea.privacy.noise import NoiseSource
 from fedsea.privacy.registry import mechanism_from_spec
 from fedsea.wire.codecs import Codec, RowFormat
-
-FEDSEA_GRADIENT_CLIP = 0.04
-"""To which Frobenius norm FedSEA's released code clips the gradient of an example."""
 
 EACH_EXAMPLE = " (each example)"
 """What the name of an account ends with when every example is a record."""
@@ -99,21 +94,6 @@ class Record(StrEnum):
 
     DATA = "data"
     EXAMPLE = "example"
-
-
-def fedsea_gradients(scale: float) -> Gaussian:
-    """The gradient noise of FedSEA's released code: clip 0.04 by example, sigma = scale sqrt(pi/2).
-
-    Replacing an example moves its clipped gradient by at most 2 * 0.04, so one release is
-    (0.08 / sigma)-GDP.
-
-    Raises:
-        ConfigError: the scale is not positive.
-    """
-    if not scale > 0:
-        raise ConfigError(f"a noise scale of {scale}; give a number above 0")
-    sigma = scale * math.sqrt(math.pi / 2)
-    return Gaussian(FEDSEA_GRADIENT_CLIP, 2 * FEDSEA_GRADIENT_CLIP / sigma, Clipping.FROBENIUS)
 
 
 def warning_about(rows: Mechanism | None, gradients: Mechanism | None) -> str | None:
@@ -200,21 +180,15 @@ class TrainingProtection:
                 f"{gradients.name} releases counts, and gradients travel as floats: give them "
                 "gaussian, for example"
             )
-        if not 0 < self.delta < 1:
-            raise ConfigError(f"delta {self.delta} is no probability: give one between 0 and 1")
         record = self._record(here)
         public = self._public("bottom" in here, tokenizer)
-        ledger = Ledger.open(self.ledger if self.ledger is not None else default_path())
-        try:
+        with ledger_to_keep(self.ledger, self.delta) as ledger:
             accounts = [
                 None
                 if mechanism is None
                 else ledger.account(self.tenant, Unit.RECORD, mechanism, record, self.budget)
                 for mechanism in (rows, gradients)
             ]
-        except BaseException:
-            ledger.close()
-            raise
         plain = RowFormat(up, width)
         if (warning := warning_about(rows, gradients)) is not None:
             logger.warning("%s", warning)

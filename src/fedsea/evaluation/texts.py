@@ -34,11 +34,6 @@ class Texts:
     prefix: Ids
     kinds: tuple[tuple[str, ...], ...] = ()
 
-    @property
-    def secret_tokens(self) -> int:
-        """How many tokens there are to find."""
-        return sum(len(ids) - len(self.prefix) for ids in self.secret)
-
 
 def read_texts(
     secret: Path, encode: Encode, *, count: int, tokens: int, public: Path | None = None

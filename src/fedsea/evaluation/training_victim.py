@@ -17,9 +17,9 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from fedsea.client.examples import Example
+from fedsea.client.trainable import answer_loss, trainable
 from fedsea.client.training import PARTS, SplitForTraining
 from fedsea.client.training_protection import TrainingGuard, TrainingProtection
 from fedsea.errors import TrainingError
@@ -128,12 +128,8 @@ class TrainingVictim:
         """
         bottom, top = self._adapters()
         before, top_before = copy.deepcopy(bottom), copy.deepcopy(top)
-        logits = self.model.logits(
-            [torch.tensor(example.inputs) for example in examples],
-            [torch.tensor(example.predicting) for example in examples],
-        )
-        targets = torch.tensor([token for example in examples for token in example.targets])
-        cross_entropy(logits, targets).backward()
+        answers = sum(len(example.targets) for example in examples)
+        (answer_loss(trainable(self.model), examples) / answers).backward()
         for old, new in zip(before.parameters(), bottom.parameters(), strict=True):
             old.grad = None if new.grad is None else new.grad.clone()
         if not self.model.step(learning_rate).applied:

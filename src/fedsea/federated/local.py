@@ -49,14 +49,6 @@ class FitSettings:
     weigh: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Fitted:
-    """What local training gives: arrays after it, and how many examples it saw."""
-
-    arrays: Arrays
-    examples: int
-
-
 class LocalTraining(Protocol):
     """Training of one client on its own data.
 

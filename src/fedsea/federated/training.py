@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 
 import torch
 
-from fedsea.client.examples import Batches, Example, StepBatches
+from fedsea.client.examples import Example, StepBatches
 from fedsea.client.trainable import answer_loss, trainable
 from fedsea.client.training import SplitForTraining
 from fedsea.client.training_config import TrainerConfig
@@ -61,8 +61,8 @@ class SplitTraining:
         self._split = trainable(model)
         self._config = config
         self._examples = len(train)
-        self._batches = _batches(train, config)
-        self._evaluation = _batches(evaluation, config) if evaluation else None
+        self._batches = config.batches(train)
+        self._evaluation = config.batches(evaluation) if evaluation else None
         self._steps = config.steps or self._batches.steps(config.epochs)
         self._description = description(model.lora, model.checkpoint.name)
         self._trains_trunk = model.calls.trunk.plan.trains_trunk
@@ -194,13 +194,3 @@ class SplitTraining:
             for place, factors in adapter.factors.items()
             for name, factor in zip(tensor_names(place), (factors.a, factors.b), strict=True)
         }
-
-
-def _batches(examples: Sequence[Example], config: TrainerConfig) -> Batches:
-    return Batches(
-        examples,
-        batch_size=config.batch_size or None,
-        rows=config.batch_rows,
-        accumulate=config.accumulate,
-        seed=config.seed,
-    )

@@ -19,14 +19,15 @@ from fedsea.client.training_protection import (
     Record,
     TrainingPolicy,
     TrainingProtection,
-    fedsea_gradients,
     warning_about,
 )
 from fedsea.errors import BudgetExceeded, ConfigError, LedgerError, LocalProtocolError, NotFinite
 from fedsea.privacy.accounts import Budget, Statement
+from fedsea.privacy.clipping import Clipping
 from fedsea.privacy.gaussian import FedSEAGaussian, Gaussian
 from fedsea.privacy.ledger import Ledger
 from fedsea.privacy.noise import NoiseSource
+from fedsea.privacy.registry import mechanism_from_spec
 from fedsea.wire.codecs import Codec, RowFormat
 
 HIDDEN = 6
@@ -320,23 +321,21 @@ class TestClipping:
     )
     def test_the_sensitivity_holds(self, length: int, seed: int, sizes: Any) -> None:
         """Two gradients of an example, whatever they are, are at most 2 C apart after clipping."""
-        mechanism = fedsea_gradients(0.02)
-        quiet = Gaussian(mechanism.clip_norm, 1e9, mechanism.by)
+        quiet = Gaussian(0.04, 1e9, Clipping.FROBENIUS)
         drawn = torch.Generator().manual_seed(seed)
         one, other = (
             quiet.protect(torch.randn(length, HIDDEN, generator=drawn) * size, NoiseSource())
             for size in sizes
         )
-        assert float((one - other).norm()) <= mechanism.sensitivity * (1 + 1e-6)
-        assert mechanism.sensitivity == pytest.approx(0.08)
+        assert float((one - other).norm()) <= quiet.sensitivity * (1 + 1e-6)
+        assert quiet.sensitivity == pytest.approx(0.08)
 
-    def test_the_preset_is_the_noise_of_the_released_code(self) -> None:
-        """sigma is the scale times the root of pi / 2, and an example is one release."""
-        mechanism = fedsea_gradients(0.02)
-        assert mechanism.sigma == pytest.approx(0.02 * math.sqrt(math.pi / 2))
+    def test_the_noise_of_the_released_code(self) -> None:
+        """As documented: sigma is the scale times the root of pi / 2, an example is one release."""
+        mechanism = mechanism_from_spec("gaussian:clip_norm=0.04,mu=3.19,by=frobenius")
+        assert isinstance(mechanism, Gaussian)
+        assert mechanism.sigma == pytest.approx(0.02 * math.sqrt(math.pi / 2), rel=1e-3)
         assert mechanism.releases(100) == 1
-        with pytest.raises(ConfigError, match="above 0"):
-            fedsea_gradients(0.0)
 
     def test_a_scaled_gradient_is_clipped_as_if_it_were_not(self, ledger: Path) -> None:
         """A gradient that is 1024 times too large leaves 1024 times as large as it should."""
