@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tests.integration.conftest import ServerProcess, Start, tls_of
+from tests.conftest import character_tokenizer
+from tests.integration.conftest import ServerProcess, Start, processes, tls_of
+from tests.tiny_models import save_tiny
 from tests.unsplit_training import (
     assert_equal_gradients,
     examples_of,
@@ -22,7 +24,7 @@ from tests.unsplit_training import (
 from transformers import AutoModelForCausalLM
 
 from fedsea.client.training import SplitForTraining
-from fedsea.errors import ConnectionLost
+from fedsea.errors import ConnectionLost, PromptTooLong
 from fedsea.model.adapters import read_adapter, write_adapter
 from fedsea.model.lora import LoraConfig
 from fedsea.model.optimization import AdamWConfig
@@ -125,6 +127,38 @@ def test_losses_agree_after_two_hundred_steps(training: Training, tiny_model: Pa
     assert losses[-1][0] < 0.5 * losses[0][0]
     for one, other in losses:
         assert one == pytest.approx(other, rel=1e-3)
+
+
+def test_an_example_larger_than_a_usual_message(certificates: Path, tmp_path: Path) -> None:
+    """Its rows travel in one message, whose size the server derives from its context."""
+    wide = save_tiny(
+        "llama",
+        tmp_path / "wide",
+        hidden_size=1024,
+        num_hidden_layers=3,
+        max_position_embeddings=3072,
+        initializer_range=0.02,
+    )
+    character_tokenizer().save_pretrained(wide)
+    with processes(wide, certificates, tmp_path) as start:
+        training = Training(start, wide, certificates, tmp_path / "runs")
+        ids, mask, labels = padded(examples_of((2060,)))
+        with training.connect(optimizer=AdamWConfig(betas=(0.0, 0.9))) as model:
+            model.save()
+            trunk = read_adapter(training.saved(0), Span(1, 2))
+            whole = unsplit(wide, [*model.adapters(), trunk], LORA)
+            expected = whole(ids, attention_mask=mask, labels=labels).loss
+            found = model(ids, mask, labels).loss
+            assert found is not None
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+            found.backward()
+            expected.backward()
+            assert model.step(1e-3).applied
+            model.save()
+            saved = saved_gradients(training.saved(1), Span(1, 2))
+            assert_equal_gradients(gradients(model.adapters()) | saved, whole)
+            with pytest.raises(PromptTooLong, match="3073 rows does not fit"):
+                model.logits([torch.zeros(3073, dtype=torch.long)])
 
 
 def test_bf16_all_the_way(training: Training) -> None:

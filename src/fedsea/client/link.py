@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 from fedsea.errors import ConnectionLost, DeadlineExceeded, FedseaError, SessionLost
 from fedsea.transport.base import ClientStream
 from fedsea.wire.connection import Connection
+from fedsea.wire.limits import patience_factor
 from fedsea.wire.messages import Event, Open, Opened, OpenTraining
 
 Tell = Callable[[str], None]
@@ -68,6 +69,7 @@ class Link(Generic[_Owed]):
     owed: deque[_Owed] = field(default_factory=deque, kw_only=True)
     tasks: list[asyncio.Task[None]] = field(default_factory=list, kw_only=True)
     _heard: float = field(default_factory=time.monotonic, kw_only=True)
+    _largest: int = field(default=0, kw_only=True)
 
     async def greet(self, hello: Open | OpenTraining) -> Opened:
         """Ask for the session; the server's answer. A stream that gets none is cancelled.
@@ -98,6 +100,7 @@ class Link(Generic[_Owed]):
             LocalProtocolError: the event has no place here.
         """
         data = self.connection.send(event)
+        self._largest = max(self._largest, len(data))
         self.traffic.messages_up += 1
         self.traffic.bytes_up += len(data)
         return data
@@ -124,11 +127,15 @@ class Link(Generic[_Owed]):
         return self._decoded(data)
 
     async def silence(self, patience: float) -> DeadlineExceeded:
-        """Wait until the server owes an answer for longer than so many seconds; the error of that."""
+        """Wait until the server owes an answer for longer than so many seconds; the error of that.
+
+        Large messages, and their answers, need time to travel: they get it in proportion.
+        """
         while True:
             await asyncio.sleep(patience / 4)
-            if self.owed and time.monotonic() - self._heard > patience:
-                return DeadlineExceeded(f"{self.address} owes an answer for {patience:g} s")
+            most = patience * patience_factor(self._largest)
+            if self.owed and time.monotonic() - self._heard > most:
+                return DeadlineExceeded(f"{self.address} owes an answer for {most:g} s")
 
     def _decoded(self, data: bytes) -> Event:
         self.traffic.messages_down += 1

@@ -32,7 +32,7 @@ from fedsea.model.optimization import AdamWConfig
 from fedsea.wire.codecs import RowFormat
 from fedsea.wire.connection import Connection
 from fedsea.wire.description import limits_for
-from fedsea.wire.limits import DEFAULT_LIMITS, Limits
+from fedsea.wire.limits import DEFAULT_LIMITS, TRAINING_LIMITS, Limits
 from fedsea.wire.messages import (
     Activations,
     AdamW,
@@ -52,10 +52,6 @@ from fedsea.wire.messages import (
     Step,
     Stepped,
 )
-
-# Bytes of a message with rows besides its rows, and those of each sequence's count.
-_FRAME_BYTES = 64
-_COUNT_BYTES = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +127,7 @@ class TrainingTrunk:
         plan: TrainingPlan,
         patience: Patience,
         tell: Tell,
-        limits: Limits = DEFAULT_LIMITS,
+        limits: Limits = TRAINING_LIMITS,
     ) -> None:
         self.plan = plan
         self.traffic = Traffic()
@@ -166,8 +162,8 @@ class TrainingTrunk:
         if longest is not None and max(counts, default=0) > longest:
             raise PromptTooLong(
                 f"a sequence of {max(counts)} rows does not fit: context and messages of this server "
-                f"take {longest}; shorten the examples, use the codec bf16, or raise "
-                "kv.max_context or max_message_bytes there"
+                f"take {longest}; shorten the examples, or raise kv.max_context, "
+                "limits.max_rows_per_message or limits.max_message_bytes there"
             )
 
     async def open(self, resume_steps: Sequence[int] = (0,), within: float | None = None) -> int:
@@ -356,9 +352,9 @@ class TrainingTrunk:
         )
 
     def _messages(self, counts: Sequence[int], limits: Limits) -> Iterator[tuple[int, ...]]:
-        """Sequences that share a message, in order."""
+        """Sequences that share a message, in order; only one that is long alone has a large one."""
         self.check(counts)
-        most = self._rows_that_fit(limits)
+        most = min(self._rows_that_fit(limits), self._rows_that_fit(DEFAULT_LIMITS))
         part: list[int] = []
         for count in counts:
             if part and (sum(part) + count > most or len(part) == limits.max_segments):
@@ -369,7 +365,7 @@ class TrainingTrunk:
             yield tuple(part)
 
     def _rows_that_fit(self, limits: Limits) -> int:
-        room = limits.max_message_bytes - _FRAME_BYTES - _COUNT_BYTES * limits.max_segments
+        room = limits.max_message_bytes - limits.frame_bytes
         return min(limits.max_rows_per_message, max(1, room // self.plan.row_bytes))
 
     def _current(self) -> _Link:

@@ -23,7 +23,7 @@ from fedsea.errors import ConfigError
 from fedsea.transport.recording import Direction, Message
 from fedsea.wire.codecs import Codec, RowFormat
 from fedsea.wire.framing import decode_event
-from fedsea.wire.limits import DEFAULT_LIMITS
+from fedsea.wire.limits import TRAINING_LIMITS
 from fedsea.wire.messages import (
     Append,
     Begin,
@@ -251,7 +251,7 @@ def decoded(message: Message) -> Event:
         RemoteProtocolError: it is not one of this protocol.
     """
     sender = Role.CLIENT if message.direction is Direction.UP else Role.SERVER
-    return decode_event(message.data, sender, DEFAULT_LIMITS)
+    return decode_event(message.data, sender, TRAINING_LIMITS)
 
 
 def released(written: RowFormat, data: bytes | memoryview, count: int) -> Tensor:

@@ -135,7 +135,7 @@ def _grpc_server(config: ServerConfig, service: TrunkService) -> GrpcServer:
         tokens=None if tokens is None else load_tokens(tokens),
         attester=_attester(config),
         options=ServerOptions(
-            max_message_bytes=config.limits.max_message_bytes,
+            max_message_bytes=service.limits.max_message_bytes,
             max_streams=config.server.max_sessions + SPARE_STREAMS,
         ),
     )

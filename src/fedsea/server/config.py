@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from fedsea.errors import ConfigError
 from fedsea.settings import Table, from_tables, need, read_toml, section, table_at, with_model
+from fedsea.wire.limits import LARGEST_MESSAGE
 
 DTYPES = ("fp32", "bf16", "fp16")
 QUANTIZATIONS = ("none", "int8", "nf4")
@@ -357,9 +358,13 @@ class TrainingSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitsSection:
-    """Caps on what one message and one session may hold; see `fedsea.wire.limits`."""
+    """Caps on what one message and one session may hold; see `fedsea.wire.limits`.
 
-    max_message_bytes: int = 8 * 2**20
+    Unless `max_message_bytes` says else, a message has at most 8 MiB, or, where training is served,
+    what a sequence of the longest context takes in fp32; never more than 256 MiB.
+    """
+
+    max_message_bytes: int | None = None
     max_rows_per_message: int = 8192
     max_segments: int = 256
     max_sequences: int = 256
@@ -367,7 +372,12 @@ class LimitsSection:
     max_forwards: int = 64
 
     def __post_init__(self) -> None:
-        _at_least(1, "limits", self, *(entry.name for entry in fields(self)))
+        names = [entry.name for entry in fields(self) if getattr(self, entry.name) is not None]
+        _at_least(1, "limits", self, *names)
+        need(
+            (self.max_message_bytes or 1) <= LARGEST_MESSAGE,
+            f"limits.max_message_bytes is {self.max_message_bytes}; give at most {LARGEST_MESSAGE}",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from types import TracebackType
 from typing import Self
@@ -29,7 +30,7 @@ from fedsea.model.projection import Projection
 from fedsea.model.prompts import SoftPrompt
 from fedsea.server import loading
 from fedsea.server.adapters import unknown_adapter
-from fedsea.server.config import LimitsSection, ServerConfig
+from fedsea.server.config import ServerConfig
 from fedsea.server.engine import Engine, Work
 from fedsea.server.logs import get_logger
 from fedsea.server.metrics import Metrics
@@ -40,10 +41,10 @@ from fedsea.server.session import InferenceSession, Session
 from fedsea.server.training import Training
 from fedsea.server.training_session import TrainingSession
 from fedsea.transport.base import Peer, ServerStream
-from fedsea.wire.codecs import Codec
+from fedsea.wire.codecs import Codec, RowFormat
 from fedsea.wire.connection import Connection
 from fedsea.wire.description import encode_description
-from fedsea.wire.limits import Limits
+from fedsea.wire.limits import LARGEST_MESSAGE, Limits
 from fedsea.wire.messages import Description, Notice, NoticeKind, Open, Opened, OpenTraining, Role
 
 RETRY_WHEN_DRAINING = 5.0
@@ -59,6 +60,9 @@ class TrunkService:
         config: all settings.
         trunk: the span and its KV pool.
         metrics: counts what happens.
+
+    Attributes:
+        limits: the caps of every session.
     """
 
     def __init__(
@@ -68,9 +72,9 @@ class TrunkService:
         self.metrics = metrics or Metrics()
         self._config = config.server
         self._page_rows = config.kv.page_rows
-        self._limits = wire_limits(config.limits)
+        self.limits = wire_limits(config, trunk)
         self._hidden_size = trunk.checkpoint.hidden_size
-        self.description = _describe(config, trunk, self._limits)
+        self.description = _describe(config, trunk, self.limits)
         self._encoded_description = encode_description(self.description)
         self._scheduler = Scheduler(config.scheduler, _buckets(config))
         self.engine = Engine(
@@ -85,7 +89,7 @@ class TrunkService:
         )
         self.training: Training | None = None
         if config.training.folder is not None:
-            most = self._limits.max_rows_per_message
+            most = self.limits.max_rows_per_message
             self.training = Training(config.training, trunk, self.metrics, most)
         self._sessions: set[Session] = set()
         self._no_sessions = asyncio.Event()
@@ -147,7 +151,7 @@ class TrunkService:
             session.notify(notice)
 
     async def _serve(self, peer: Peer, stream: ServerStream, session_id: str) -> None:
-        connection = Connection(Role.SERVER, self._limits, hidden_size=self._hidden_size)
+        connection = Connection(Role.SERVER, self.limits, hidden_size=self._hidden_size)
         request = await self._request(stream, connection)
         if request is None:
             return
@@ -347,16 +351,24 @@ def _span(request: Open | OpenTraining) -> Span:
     return Span(request.first_block, request.end_block)
 
 
-def wire_limits(section: LimitsSection) -> Limits:
+def wire_limits(config: ServerConfig, trunk: loading.Trunk) -> Limits:
     """The caps of every session."""
-    return Limits(
-        max_message_bytes=section.max_message_bytes,
+    section = config.limits
+    limits = Limits(
         max_rows_per_message=section.max_rows_per_message,
         max_segments=section.max_segments,
         max_sequences=section.max_sequences,
         max_pending=section.max_pending,
         max_forwards=section.max_forwards,
     )
+    size = section.max_message_bytes
+    if size is None:
+        size = limits.max_message_bytes
+        if config.training.folder is not None:
+            rows = min(trunk.max_context, limits.max_rows_per_message)
+            whole = rows * RowFormat(Codec.FP32, trunk.checkpoint.hidden_size).row_bytes
+            size = min(max(size, whole + limits.frame_bytes), LARGEST_MESSAGE)
+    return replace(limits, max_message_bytes=size)
 
 
 def _describe(config: ServerConfig, trunk: loading.Trunk, limits: Limits) -> Description:

@@ -15,7 +15,6 @@ from typing import Protocol, Self
 from fedsea.errors import AttestationError, LocalProtocolError
 
 LOCAL_TENANT = "local"
-MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,6 @@ from fedsea.errors import (
 )
 from fedsea.transport.address import Address, parse_address
 from fedsea.transport.base import (
-    MAX_MESSAGE_BYTES,
     Channel,
     ClientStream,
     PinnedChannel,
@@ -50,6 +49,7 @@ from fedsea.transport.endings import Ending, error_of, one_line, read_metadata
 from fedsea.transport.handshake import accepts_tls12, diagnose, server_certificate
 from fedsea.transport.runtime import settle, tls13_enforced
 from fedsea.transport.tokens import token_metadata
+from fedsea.wire.limits import LARGEST_MESSAGE
 
 DESCRIBE = "/fedsea.v1.Trunk/Describe"
 SESSION = "/fedsea.v1.Trunk/Session"
@@ -96,7 +96,7 @@ class ClientOptions:
     connection is probed every `keepalive` and dropped after `keepalive_timeout`.
     """
 
-    max_message_bytes: int = MAX_MESSAGE_BYTES
+    max_message_bytes: int = LARGEST_MESSAGE
     connect_timeout: float = 10.0
     describe_timeout: float = 10.0
     attest_timeout: float = 60.0

@@ -33,7 +33,6 @@ from fedsea.errors import (
 from fedsea.transport.address import Address, parse_address
 from fedsea.transport.base import (
     LOCAL_TENANT,
-    MAX_MESSAGE_BYTES,
     Attester,
     Handler,
     Peer,
@@ -52,6 +51,7 @@ from fedsea.transport.endings import Ending, outcome
 from fedsea.transport.handshake import accepts_tls12
 from fedsea.transport.runtime import settle
 from fedsea.transport.tokens import TokenTable, authorize
+from fedsea.wire.limits import DEFAULT_LIMITS, patience_factor
 
 SERVICE = "fedsea.v1.Trunk"
 RETRY_WHEN_FULL = 1.0
@@ -68,11 +68,12 @@ class ServerOptions:
     """Limits of a gRPC server; times in seconds.
 
     `max_streams` bounds all session streams together. `send_timeout` bounds how long one message
-    waits for a client that reads nothing. `handshake_timeout` bounds a connection that says
-    nothing. A silent connection is probed every `keepalive` and dropped after `keepalive_timeout`.
+    waits for a client that reads nothing, a large one in proportion to its size.
+    `handshake_timeout` bounds a connection that says nothing. A silent connection is probed every
+    `keepalive` and dropped after `keepalive_timeout`.
     """
 
-    max_message_bytes: int = MAX_MESSAGE_BYTES
+    max_message_bytes: int = DEFAULT_LIMITS.max_message_bytes
     max_streams: int = 1024
     send_timeout: float = 30.0
     handshake_timeout: float = 10.0
@@ -260,8 +261,7 @@ class GrpcServer:
 class _GrpcServerStream(ServerStream):
     def __init__(self, context: _Context, options: ServerOptions) -> None:
         self._context = context
-        self._max_message_bytes = options.max_message_bytes
-        self._send_timeout = options.send_timeout
+        self._options = options
         self._sending = asyncio.Lock()
 
     async def receive(self) -> bytes | None:
@@ -269,9 +269,10 @@ class _GrpcServerStream(ServerStream):
         return data if isinstance(data, bytes) else None
 
     async def send(self, data: bytes) -> None:
-        check_size(data, self._max_message_bytes)
+        check_size(data, self._options.max_message_bytes)
+        patience = self._options.send_timeout * patience_factor(len(data))
         try:
-            async with self._sending, asyncio.timeout(self._send_timeout):
+            async with self._sending, asyncio.timeout(patience):
                 await self._context.write(data)
         except TimeoutError:
             raise DeadlineExceeded("the client reads too slowly: read every answer") from None

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from fedsea.errors import ConnectionLost, LocalProtocolError
 from fedsea.transport.base import (
     LOCAL_TENANT,
-    MAX_MESSAGE_BYTES,
     Channel,
     ClientStream,
     Handler,
@@ -21,6 +20,7 @@ from fedsea.transport.base import (
     check_size,
 )
 from fedsea.transport.endings import Ending, ending_of, error_of, outcome
+from fedsea.wire.limits import LARGEST_MESSAGE
 
 QUEUED_MESSAGES = 64
 DEFAULT_PEER = Peer(tenant=LOCAL_TENANT, address="memory")
@@ -44,7 +44,7 @@ class MemoryChannel(Channel):
         handler: Handler,
         peer: Peer = DEFAULT_PEER,
         *,
-        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        max_message_bytes: int = LARGEST_MESSAGE,
     ) -> None:
         self._handler = handler
         self._peer = peer

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 from fedsea.errors import ConfigError
-from fedsea.transport.base import MAX_MESSAGE_BYTES
 from fedsea.transport.recording import Direction, Message
+from fedsea.wire.limits import LARGEST_MESSAGE
 
 MAGIC = b"fedsea recording 1\n"
 _HEAD = struct.Struct("<BdI")
@@ -85,7 +85,7 @@ def _message(path: Path, file: BinaryIO, head: bytes) -> Message:
     if len(head) < _HEAD.size:
         raise damaged
     direction, seconds, size = _HEAD.unpack(head)
-    if direction >= len(_DIRECTIONS) or size > MAX_MESSAGE_BYTES:
+    if direction >= len(_DIRECTIONS) or size > LARGEST_MESSAGE:
         raise damaged
     data = file.read(size)
     if len(data) < size:

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from fedsea.errors import LocalProtocolError, RemoteProtocolError
 from fedsea.wire import trunk_pb2 as pb
 from fedsea.wire.codecs import Codec
-from fedsea.wire.limits import Limits
+from fedsea.wire.limits import MAX_COUNT_BYTES, Limits
 from fedsea.wire.messages import (
     Activations,
     AdamW,
@@ -59,9 +59,6 @@ MAX_SEGMENT_BYTES: Final = 64
 
 MAX_OPENING_BYTES: Final = 16 * 2**10
 """Bytes of a message that holds an OpenTraining, whose lists are repeated fields."""
-
-MAX_COUNT_BYTES: Final = 5
-"""Bytes of one count of a Forward, in a field that holds all of them."""
 
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5  # wire types of protobuf
 _SEGMENTS_FIELD: Final = pb.Append.SEGMENTS_FIELD_NUMBER

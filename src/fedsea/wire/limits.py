@@ -8,6 +8,15 @@ from fedsea.errors import ConfigError
 
 UINT32_MAX = 2**32 - 1
 
+LARGEST_MESSAGE = 256 * 2**20
+"""Bytes of a message that no side goes beyond, whatever it is configured with."""
+
+FRAME_BYTES = 64
+"""Most bytes of an event with rows, besides its rows and their counts."""
+
+MAX_COUNT_BYTES = 5
+"""Bytes of one count of a Forward, in a field that holds all of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -40,5 +49,18 @@ class Limits:
             if not isinstance(cap, int) or not 1 <= cap <= UINT32_MAX:
                 raise ConfigError(f"{field.name} is {cap!r}; give an integer from 1 to 2**32 - 1")
 
+    @property
+    def frame_bytes(self) -> int:
+        """Most bytes of a Forward, or of what answers or follows it, besides its rows."""
+        return FRAME_BYTES + MAX_COUNT_BYTES * self.max_segments
+
 
 DEFAULT_LIMITS = Limits()
+
+TRAINING_LIMITS = Limits(max_message_bytes=LARGEST_MESSAGE)
+"""Those of a client that trains: whole sequences travel, so the server says what it can bear."""
+
+
+def patience_factor(size: int) -> float:
+    """How many times as long as for any other message to wait for one of `size` bytes."""
+    return max(1.0, size / DEFAULT_LIMITS.max_message_bytes)

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from fedsea.errors import ConfigError, ProtocolError
-from fedsea.wire.limits import Limits
+from fedsea.wire.limits import FRAME_BYTES, Limits
 from fedsea.wire.messages import (
     Activations,
     AdamW,
@@ -58,9 +58,6 @@ MAX_SCALE: Final = 2.0**40
 
 MAX_ALPHA: Final = 1e6
 MAX_DROPOUT: Final = 0.99
-
-# Most bytes of an event with rows besides its rows.
-_FRAME_BYTES: Final = 64
 
 
 @dataclass(slots=True)
@@ -200,7 +197,7 @@ class TrainingRules:
                 f"{self._limits.max_rows_per_message}; send it in parts"
             )
         kinds = (Activations,) if event.no_grad else (Activations, Backward, Gradients)
-        size = count * max(self._row_bytes[kind] for kind in kinds) + _FRAME_BYTES
+        size = count * max(self._row_bytes[kind] for kind in kinds) + FRAME_BYTES
         if size > self._limits.max_message_bytes:
             raise fault(
                 f"a message that answers or follows Forward {event.id} would take {size} bytes, "

@@ -83,6 +83,12 @@ def test_a_file_is_read(tmp_path):
     assert config.limits == LimitsSection()
 
 
+def test_no_message_is_larger_than_the_largest():
+    """A cap beyond what the other side takes is refused by name."""
+    with pytest.raises(ConfigError, match=r"limits\.max_message_bytes is .* at most 268435456"):
+        LimitsSection(max_message_bytes=2**28 + 1)
+
+
 def test_a_model_folder_beside_the_file_is_found(tmp_path):
     """A relative folder that exists beside the file is meant, before a hub id of that name."""
     (tmp_path / "models" / "tiny").mkdir(parents=True)

@@ -30,7 +30,7 @@ from fedsea.server.service import TrunkService
 from fedsea.transport.memory import MemoryChannel
 from fedsea.wire.codecs import Codec, RowFormat
 from fedsea.wire.description import decode_description
-from fedsea.wire.limits import Limits
+from fedsea.wire.limits import LARGEST_MESSAGE, Limits
 from fedsea.wire.messages import (
     Append,
     Begin,
@@ -59,6 +59,39 @@ def test_describe(serving, fingerprint):
     assert (about.first_block, about.end_block, about.fingerprint) == (1, 3, fingerprint)
     assert (about.max_context, about.page_rows, about.dtype) == (256, 8, "fp32")
     assert set(about.codecs) == set(Codec)
+
+
+@pytest.mark.parametrize(
+    ("tables", "expected"),
+    [
+        ({}, 8 * 2**20),
+        ({"kv": {"rows": 2**17, "max_context": 2**17}}, 8 * 2**20),
+        ({"limits": {"max_message_bytes": 1000}}, 1000),
+        ({"training": True}, 8 * 2**20),
+        ({"training": True, "limits": {"max_message_bytes": 1000}}, 1000),
+        (
+            {"training": True, "limits": {"max_rows_per_message": 2**17}},
+            2**17 * 32 * 4 + Limits().frame_bytes,
+        ),
+        (
+            {"training": True, "limits": {"max_rows_per_message": 2**22}},
+            LARGEST_MESSAGE,
+        ),
+    ],
+)
+def test_messages_of_a_server_that_trains_hold_whole_sequences(serving, tmp_path, tables, expected):
+    """Unless the configuration says how large they are, and never beyond the largest of all."""
+    tables = dict(tables)
+    if tables.pop("training", False):
+        tables["training"] = {"folder": str(tmp_path)}
+        tables["kv"] = {"rows": 2**22, "max_context": 2**22}
+
+    async def dialogue():
+        async with serving(**tables) as service:
+            assert service.limits.max_message_bytes == expected
+            return decode_description(await MemoryChannel(service).describe())
+
+    assert run(dialogue()).max_message_bytes == expected
 
 
 @pytest.mark.parametrize(
