@@ -18,7 +18,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
 from fedsea.federated.config import AggregatorConfig
-from fedsea.federated.joining import ClientSection
+from fedsea.federated.joining import ClientSection, ProtectionSection
 from fedsea.server.config import (
     DEVICES,
     DTYPES,
@@ -53,7 +53,7 @@ FEDERATION = """\
 ## Files of a federation
 
 `fedsea federate run` reads the sections `federation`, `strategy`, `secure`, `privacy` and
-`aggregator`. `fedsea federate client` reads `client`, `secure` and `privacy`, and the sections of
+`aggregator`. `fedsea federate client` reads `client`, `secure`, `privacy` and `protection`, and those of
 [`fedsea finetune`](finetuning.md): `run`, `parts`, `lora`, `data` and `training`, where
 `training.steps` or `training.epochs` says how long a round is. `fedsea federate simulate` reads one
 file of the first kind, without `aggregator`, and one of the second for each client.
@@ -104,7 +104,10 @@ _ATTRIBUTE = re.compile(r"^    (\w+): (.+(?:\n        .+)*)", re.MULTILINE)
 def page() -> str:
     """The whole page."""
     sections = get_type_hints(ServerConfig)
-    federation = get_type_hints(AggregatorConfig) | {"client": ClientSection}
+    federation = get_type_hints(AggregatorConfig) | {
+        "client": ClientSection,
+        "protection": ProtectionSection,
+    }
     return "\n".join(
         [
             HEAD,

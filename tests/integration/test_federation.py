@@ -27,6 +27,7 @@ from fedsea.federated.rounds import RoundReport
 from fedsea.federated.simulation import simulate
 from fedsea.model.adapters import TENSORS, read_adapter
 from fedsea.model.partition import Span
+from fedsea.privacy.ledger import Ledger
 from fedsea.settings import from_tables
 from fedsea.transport.certificates import init_ca, issue_client, issue_server
 
@@ -303,8 +304,13 @@ def test_a_killed_computation_is_told(network):
 
 
 def test_a_simulation_trains_through_a_real_server(tiny_model, tmp_path):
-    """`simulate`: two owners, personal tops, rows over TLS, the adapter in PEFT's format."""
+    """`simulate`: two owners, personal tops, rows over TLS, the adapter in PEFT's format.
+
+    One of them protects rows and gradients, and every release of every round is charged.
+    """
     configs = []
+    spec = "gaussian:clip_norm=100,mu=0.5,by=frobenius"
+    protections = {NAMES[0]: {"rows": spec, "gradients": spec, "ledger": "ledger"}}
     for name in NAMES[:2]:
         lines = [
             json.dumps(
@@ -325,6 +331,7 @@ def test_a_simulation_trains_through_a_real_server(tiny_model, tmp_path):
                     },
                     "lora": {"rank": 2, "train": ["bottom", "top"], "freeze_a": True},
                     "training": {"steps": 2, "batch_size": 4},
+                    "protection": protections.get(name, {}),
                 },
                 tmp_path,
             )
@@ -337,6 +344,10 @@ def test_a_simulation_trains_through_a_real_server(tiny_model, tmp_path):
 
     assert [report.round for report in reports] == [1, 2]
     assert all(report.loss is not None for report in reports)
+    with Ledger.open(tmp_path / "ledger", create=False) as ledger:
+        (statement,) = ledger.statements()
+    # Two rounds of eight examples each way, and the evaluation of eight after each.
+    assert (statement.tenant, statement.releases) == (NAMES[0], 2 * (8 + 8 + 8))
     shared = read_adapter(tmp_path / "out" / "rounds" / "step-00000002", Span(0, 5))
     assert {place.block for place in shared.factors} == {0}
     tops = [read_adapter(tmp_path / f"out-{name}" / "adapter", Span(4, 5)) for name in NAMES[:2]]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedsea.cli import screen
+from fedsea.cli.training_protection import show_training_privacy, show_training_spent
 from fedsea.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,17 +53,19 @@ def client(
 ) -> None:
     """Take part: train here, on this client's data, until the federation has ended."""
     _needs_flower()
-    from fedsea.client.training_protection import NOTHING_PROTECTED
     from fedsea.federated.joining import ClientConfig, Joined
     from fedsea.federated.participant import Participant
     from fedsea.transport.address import parse_address
 
     config = ClientConfig.load(settings)
     section = config.client
-    screen.notice(NOTHING_PROTECTED)
+    if not config.protection.is_given:
+        show_training_privacy(None)  # before anything is loaded, or leaves
     with screen.loading(f"loading {Path(config.finetune.run.model).name}"):
         joined = Joined(config, screen.notice)
     with joined:
+        if joined.guarded is not None:
+            show_training_privacy(joined.guarded)
         participant = Participant(
             joined.client,
             parse_address(section.aggregator),
@@ -77,6 +80,7 @@ def client(
                 ended = participant.run(screen.notice)
         finally:
             participant.close()
+        show_training_spent(joined.guarded)
     if ended:
         screen.write(f"the adapter is in {config.finetune.run.out / 'adapter'}\n")
 

@@ -82,7 +82,7 @@ class RowGuard(Protocol):
         ...
 
     def begin(self, step: int) -> None:
-        """Step number `step` is done now, for the first time or anew."""
+        """Step number `step`, from 1 on, is done now, for the first time or anew; 0 is none."""
         ...
 
     def forward(
@@ -225,6 +225,12 @@ class TrunkCalls:
         """Forget what was done of the step that is not finished."""
         self._background.run(self.trunk.reset())
         self._at(self._steps)
+
+    def forget_releases(self) -> None:
+        """What is done next of this step starts from other weights: nothing is sent a second time."""
+        if self._guard is not None:
+            self._guard.begin(0)
+            self._guard.begin(self._steps + 1)
 
     def save(self) -> None:
         """Let the server save its part of the last step."""
@@ -597,6 +603,14 @@ class SplitForTraining(nn.Module):
     def reset(self) -> None:
         """Let the server forget what was done of the step that is not finished."""
         self._calls.reset()
+
+    def forget_releases(self) -> None:
+        """Release anew, and pay anew, what is done of this step again.
+
+        For who changes the parameters between two attempts at a step: what a guard kept of the first
+        belongs to other rows.
+        """
+        self._calls.forget_releases()
 
     def save(self) -> None:
         """Let the server save its part of the last step; durable on return.

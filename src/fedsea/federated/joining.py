@@ -1,7 +1,7 @@
 """One data owner's settings, and what they make: a model, its training, and a client.
 
 A client's TOML file has the sections of `fedsea finetune` ([run], [parts], [lora], [data],
-[training]) and, for the federation, [client], [secure] and [privacy].
+[training]) and, for the federation, [client], [secure], [privacy] and [protection].
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from fedsea import settings
 from fedsea.client.connecting import Servers
 from fedsea.client.finetuning import FinetuneConfig, Finetuning
 from fedsea.client.link import Tell
+from fedsea.client.training_protection import TrainingProtection
 from fedsea.errors import ConfigError
 from fedsea.federated.config import Neighbours, PrivacySection, SecureSection
 from fedsea.federated.local import LocalClient, Policy
 from fedsea.federated.training import SplitTraining
 from fedsea.federated.unit_update import account_of, mechanism_of
+from fedsea.privacy.accounts import DEFAULT_DELTA, Budget
 from fedsea.privacy.ledger import Ledger, default_path
 from fedsea.settings import need
 from fedsea.transport.credentials import ClientTLS, check_tenant
 
-_OWN: Final = ("client", "secure", "privacy")
+_OWN: Final = ("client", "secure", "privacy", "protection")
+PLAIN: Final = "plain"
 _NOT_USED: Final = ("evaluate_every", "patience", "save_every")
 
 
@@ -68,6 +71,64 @@ class ClientSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProtectionSection:
+    """What is done to rows and gradients before they leave for the servers of the trunk.
+
+    It protects the data as a whole: bottom or top is trained here, and learns from every example.
+
+    Attributes:
+        rows: a mechanism as NAME:KEY=VALUE,...; `plain` for none.
+        gradients: the same for gradients, which hold the labels.
+        record: whose data it is, in the ledger; the name of the adapter unless given.
+        ledger: file that counts what was spent; that of this user unless given.
+        epsilon: budget of the account: nothing leaves that would exceed it.
+        delta: at which epsilon is shown and the budget holds.
+    """
+
+    rows: str = PLAIN
+    gradients: str = PLAIN
+    record: str | None = None
+    ledger: Path | None = None
+    epsilon: float | None = None
+    delta: float = DEFAULT_DELTA
+
+    def __post_init__(self) -> None:
+        unused = (self.record, self.ledger, self.epsilon, self.delta)
+        need(
+            self.is_given or unused == (None, None, None, DEFAULT_DELTA),
+            "protection has no mechanism, and rows and gradients would leave as they are: give "
+            "protection.rows and protection.gradients",
+        )
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is any mechanism."""
+        return (self.rows, self.gradients) != (PLAIN, PLAIN)
+
+    def chosen(self, tenant: str, adapter: str) -> TrainingProtection | None:
+        """The same for the library; None where there is no mechanism.
+
+        Args:
+            tenant: whose account is charged.
+            adapter: name of what is trained.
+
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        if not self.is_given:
+            return None
+        return TrainingProtection(
+            rows=None if self.rows == PLAIN else self.rows,
+            gradients=None if self.gradients == PLAIN else self.gradients,
+            record=adapter if self.record is None else self.record,
+            tenant=tenant,
+            ledger=self.ledger,
+            budget=None if self.epsilon is None else Budget(self.epsilon, self.delta),
+            delta=self.delta,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClientConfig:
     """All settings of one client."""
 
@@ -75,6 +136,7 @@ class ClientConfig:
     finetune: FinetuneConfig
     secure: SecureSection = field(default_factory=SecureSection)
     privacy: PrivacySection = field(default_factory=PrivacySection)
+    protection: ProtectionSection = field(default_factory=ProtectionSection)
 
     def __post_init__(self) -> None:
         need(
@@ -125,6 +187,9 @@ class ClientConfig:
             privacy=settings.section(
                 PrivacySection, "privacy", settings.table_at(table, "privacy"), base
             ),
+            protection=settings.section(
+                ProtectionSection, "protection", settings.table_at(table, "protection"), base
+            ),
         )
 
 
@@ -143,6 +208,7 @@ class Joined:
         client: answers the requests of the federation.
         training: what it trains with.
         model: what is trained.
+        guarded: by which rules rows and gradients leave for the trunk; None for as they are.
     """
 
     def __init__(
@@ -154,9 +220,13 @@ class Joined:
         if servers is None:
             need(bool(section.servers), "client.servers names no server of the trunk; name one")
             servers = section.servers
+        chosen = config.protection.chosen(section.name, config.finetune.run.adapter)
+        self.guarded = None if chosen is None else run.protect(chosen)
         try:
+            if self.guarded is not None:
+                self._stack.callback(self.guarded.close)
             self.model = self._stack.enter_context(
-                run.connect(servers, tls=section.tls, on_notice=notice)
+                run.connect(servers, tls=section.tls, on_notice=notice, policy=self.guarded)
             )
             evaluation = () if run.evaluation_set is None else run.evaluation_set.examples
             self.training = SplitTraining(

@@ -161,11 +161,15 @@ class SplitTraining:
         return self._opened([round_ * self._steps for round_ in offers])
 
     def _opened(self, steps: Sequence[int]) -> int:
-        """Have the trunk at the highest of these steps, of whose successor nothing is done."""
+        """Have the trunk at the highest of these steps, of whose successor nothing is done.
+
+        The arrays may be others than before, so what a mechanism released for that step is forgotten.
+        """
         if not self._is_open or self._model.steps != steps[-1]:
             self._model.reopen(steps)
             self._is_open = True
         self._split.trunk.reset()
+        self._model.forget_releases()
         return self._model.steps
 
     def _gradients(self, number: int, work: StepBatches) -> None:

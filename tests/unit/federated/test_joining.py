@@ -6,6 +6,7 @@ from fedsea.errors import ConfigError
 from fedsea.federated.config import FederationConfig
 from fedsea.federated.joining import ClientConfig
 from fedsea.federated.simulation import simulate
+from fedsea.privacy.accounts import Budget
 from fedsea.settings import from_tables
 
 RUN = {"model": "model", "data": "train.jsonl", "out": "out"}
@@ -48,6 +49,8 @@ def test_a_file_is_read(tmp_path):
         ({"secure": {"least": 2}}, "fewer than 3"),
         ({"training": {"patience": 2}}, "patience is not used in a federation"),
         ({"run": {**RUN, "tensorboard": True}}, "tensorboard is not used"),
+        ({"protection": {"epsilon": 3.0}}, "protection has no mechanism"),
+        ({"protection": {"row": "plain"}}, "did you mean rows"),
         ({"privacy": {"mu": 1.0, "neighbours": "remove"}}, "use replace"),
     ],
 )
@@ -55,6 +58,19 @@ def test_what_cannot_be_used_is_named(tables, reason):
     """Every wrong key and value is an error that says what to write instead."""
     with pytest.raises(ConfigError, match=reason):
         made(**tables)
+
+
+def test_a_protection_is_that_of_the_tenant():
+    """Both directions, charged to the client's name and, unless given, the adapter's record."""
+    spec = "gaussian:clip_norm=1,mu=0.5,by=frobenius"
+    given = made(protection={"gradients": spec, "epsilon": 3.0, "delta": 1e-6}).protection
+
+    chosen = given.chosen("acme", "letters")
+
+    assert (chosen.rows, chosen.gradients) == (None, spec)
+    assert (chosen.tenant, chosen.record, chosen.delta) == ("acme", "letters", 1e-6)
+    assert chosen.budget == Budget(3.0, 1e-6)
+    assert made().protection.chosen("acme", "letters") is None
 
 
 def test_certificates_are_needed_to_join():

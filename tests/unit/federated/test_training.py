@@ -13,7 +13,8 @@ from fedsea.client.examples import Example
 from fedsea.client.link import Patience
 from fedsea.client.training import SplitForTraining
 from fedsea.client.training_config import TrainerConfig
-from fedsea.errors import ConfigError, NotFinite
+from fedsea.client.training_protection import TrainingProtection
+from fedsea.errors import BudgetExceeded, ConfigError, NotFinite
 from fedsea.federated.arrays import norm, packed
 from fedsea.federated.local import FitSettings, LocalClient, Policy, write_adapter
 from fedsea.federated.training import SplitTraining
@@ -21,6 +22,9 @@ from fedsea.model.adapters import read_adapter
 from fedsea.model.lora import LoraConfig
 from fedsea.model.partition import Partition
 from fedsea.model.spans import Placement
+from fedsea.privacy.accounts import Budget
+from fedsea.privacy.clipping import Clipping
+from fedsea.privacy.gaussian import Gaussian
 from fedsea.transport.memory import MemoryChannel
 
 LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.1)
@@ -168,6 +172,52 @@ def test_a_client_may_miss_rounds(connect, train):
     training.fit(settings(3))
 
     assert training._model.steps == (6 if "trunk" in train else 3)
+
+
+def guarded(ledger, mu, budget=None):
+    """A guard of both directions at a client of the tiny model."""
+    mechanism = Gaussian(1e3, mu, Clipping.FROBENIUS)
+    protection = TrainingProtection(
+        rows=mechanism, gradients=mechanism, record="data", ledger=ledger, budget=budget
+    )
+    return protection.applied(48, ("bottom", "top")).guard()
+
+
+def test_every_round_is_released_anew(connect, tmp_path):
+    """Hardly any noise: rounds end as without it, although steps and examples are the same ones."""
+    config = replace(CONFIG, steps=1)
+    example = some_examples(1)
+    guard = guarded(tmp_path / "ledger", 1e12)
+    plain = SplitTraining(connect(), config, example, example)
+    protected = SplitTraining(connect(guard=guard), config, example, example)
+    for number in (1, 2, 3):
+        for training in (plain, protected):
+            training.fit(settings(number))
+        expected, found = plain.arrays(), protected.arrays()
+        for name, array in expected.items():
+            np.testing.assert_allclose(found[name], array, rtol=1e-3, atol=1e-5)
+    assert guard.charged == (3, 3)
+
+    losses = [training.evaluate()[0] for training in (plain, protected)]
+    protected.load({name: array + 0.1 for name, array in protected.arrays().items()})
+    again = protected.evaluate()[0]
+
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert again != pytest.approx(losses[1], rel=1e-4)
+    assert guard.charged == (5, 3)
+
+
+def test_a_budget_ends_the_rounds(connect, tmp_path):
+    """What would exceed it is not sent, and the arrays of the next round can be taken over."""
+    guard = guarded(tmp_path / "ledger", 0.5, Budget(5.0, 1e-5))
+    training = SplitTraining(connect(guard=guard), replace(CONFIG, steps=1), some_examples(2))
+    training.fit(settings(1))
+    charged = guard.charged
+
+    with pytest.raises(BudgetExceeded, match="training stops"):
+        training.fit(settings(2))
+
+    assert guard.charged == charged == (2, 2)
 
 
 def test_frozen_factors_are_named(connect):
