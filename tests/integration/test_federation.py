@@ -219,7 +219,8 @@ def test_two_organisations_over_mutual_tls(network):
     assert answer(network, "stranger", "POST", "/v1/fleet/pull-messages") is None
     assert answer(network, "acme", "POST", "/v1/control/start-run") == 403
     assert answer(network, "acme", "GET", "/v1/fleet/pull-messages") == 403
-    assert answer(network, "acme", "POST", "/v1/fleet/pull-messages") not in (None, 403)
+    assert answer(network, "acme", "POST", "/v1/fleet/pull-messages") == 403  # of no node
+    assert answer(network, "acme", "POST", "/v1/fleet/register-node") not in (None, 403)
     acme = network.join("acme", 100)
     network.join("globex", 300)
     network.reports = FirstOnly()

@@ -10,9 +10,10 @@ from typing import Final
 from fedsea.federated.config import AggregatorConfig
 from fedsea.federated.flower import Programs, free_port
 from fedsea.federated.gate import LOOPBACK, Gate
+from fedsea.federated.nodes import Nodes
 from fedsea.federated.reports import Reports
 from fedsea.federated.rounds import RoundReport
-from fedsea.federated.server_app import REPORTS, SETTINGS
+from fedsea.federated.server_app import NODES, REPORTS, SETTINGS
 from fedsea.transport.address import Address, parse_address
 from fedsea.transport.credentials import ServerTLS
 
@@ -39,10 +40,14 @@ class Aggregator:
         self.config = AggregatorConfig.load(settings)
         section = self.config.aggregator
         self._reports = Reports()
-        self._programs = Programs(
-            self.config.federation.folder / "flower",
-            {SETTINGS: str(settings.absolute()), REPORTS: self._reports.path, **_one_thread()},
-        )
+        folder = self.config.federation.folder.absolute() / "flower"
+        nodes = folder / "nodes.json"
+        variables = {
+            SETTINGS: str(settings.absolute()),
+            REPORTS: self._reports.path,
+            NODES: str(nodes),
+        }
+        self._programs = Programs(folder, variables | _one_thread())
         self._link = free_port()
         self._gate: Gate | None = None
         try:
@@ -51,6 +56,7 @@ class Aggregator:
                 ServerTLS(section.ca, section.certificate, section.key),
                 self.config.federation.clients,
                 self._link,
+                Nodes(nodes),
             )
             self.address: Address = self._gate.address
             link = self._programs.start(

@@ -3,7 +3,8 @@
 Flower's SuperLink takes runs, with their code, from whoever reaches its port. Here it listens on
 loopback only. The *gate* listens on the given address, lets in certificates of named clients
 (TLS 1.3), and passes on requests to Flower's fleet interface, which is what a SuperNode needs, and
-to nothing else. The *tunnel* gives a SuperNode a port of loopback that leads to the gate.
+to nothing else, and those only in the name of the client's own nodes. The *tunnel* gives a SuperNode
+a port of loopback that leads to the gate.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from cryptography import x509
 
 from fedsea.client.background import Background
 from fedsea.errors import BindError, Unauthenticated
+from fedsea.federated.nodes import Nodes
 from fedsea.transport.address import Address
 from fedsea.transport.credentials import (
     ClientTLS,
@@ -34,7 +36,8 @@ from fedsea.transport.credentials import (
 LOOPBACK: Final = "127.0.0.1"
 
 _HEAD_BYTES: Final = 1 << 15
-_BODY_BYTES: Final = 1 << 31
+# Flower sends arrays in pieces of 5 MiB.
+_BODY_BYTES: Final = 1 << 26
 _CHUNK: Final = 1 << 16
 _HANDSHAKE_S: Final = 10.0
 _TURNS: Final = 5
@@ -53,6 +56,7 @@ class Gate:
         tls: certificate of the aggregator, and the CA that signs clients.
         clients: names that may come in.
         link: port of the SuperLink on loopback.
+        nodes: whose the nodes are.
 
     Raises:
         BindError: the address cannot be listened on.
@@ -63,10 +67,16 @@ class Gate:
     """
 
     def __init__(
-        self, address: Address, tls: ServerTLS, clients: Collection[str], link: int
+        self,
+        address: Address,
+        tls: ServerTLS,
+        clients: Collection[str],
+        link: int,
+        nodes: Nodes,
     ) -> None:
         self._clients = frozenset(clients)
         self._link = link
+        self._nodes = nodes
         load_server(tls)
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(tls.ca))
         context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -86,10 +96,10 @@ class Gate:
         with contextlib.suppress(*ends):
             try:
                 name = self._name(back)
-                if name not in self._clients:
+                if name is None or name not in self._clients:
                     _log.warning("a certificate of %s was shown, which takes no part", name)
                     return
-                await self._pass_on(near, back)
+                await self._pass_on(name, near, back)
             finally:
                 back.close()
 
@@ -100,18 +110,22 @@ class Gate:
         except (Unauthenticated, ValueError):
             return None
 
-    async def _pass_on(self, near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+    async def _pass_on(
+        self, name: str, near: asyncio.StreamReader, back: asyncio.StreamWriter
+    ) -> None:
         far, forth = await asyncio.open_connection(LOOPBACK, self._link)
         answers = asyncio.create_task(_pump(far, back))
         try:
             while (head := await _head(near)) is not None:
                 length = body_length(head)
-                if length is None:
+                body = None if length is None else await near.readexactly(length)
+                if body is None or not self._nodes.admits(name, _path(head), body):
+                    _log.warning("a request of %s was refused", name)
                     back.write(_REFUSED)
                     await back.drain()
                     return
-                forth.write(head)
-                await _exactly(near, forth, length)
+                forth.write(head + body)
+                await forth.drain()
         finally:
             forth.close()
             answers.cancel()
@@ -199,13 +213,17 @@ def body_length(head: bytes) -> int | None:
         if match is None:
             return None
         name = match[1].lower()
-        if name in (b"transfer-encoding", b"upgrade", b"expect"):
+        if name in (b"transfer-encoding", b"content-encoding", b"upgrade", b"expect"):
             return None
         if name == b"content-length":
             lengths.append(match[2].strip())
     if len(lengths) != 1 or not lengths[0].isdigit() or int(lengths[0]) > _BODY_BYTES:
         return None
     return int(lengths[0])
+
+
+def _path(head: bytes) -> bytes:
+    return head.split(b" ", 2)[1]
 
 
 async def _head(near: asyncio.StreamReader) -> bytes | None:
@@ -218,17 +236,6 @@ async def _head(near: asyncio.StreamReader) -> bytes | None:
         return None
     except asyncio.LimitOverrunError as error:
         raise ConnectionError from error
-
-
-async def _exactly(near: asyncio.StreamReader, forth: asyncio.StreamWriter, length: int) -> None:
-    while length:
-        part = await near.read(min(_CHUNK, length))
-        if not part:
-            raise ConnectionError
-        length -= len(part)
-        forth.write(part)
-        await forth.drain()
-    await forth.drain()
 
 
 async def _pump(

@@ -98,6 +98,7 @@ class Federation:
         config: settings.
         report: is told of every round.
         notice: is told in words of everything else.
+        owner: the name to which a node belongs; None where nodes cannot be other than they say.
 
     Raises:
         ConfigError: the settings do not fit together.
@@ -111,8 +112,10 @@ class Federation:
         config: FederationConfig,
         report: Callable[[RoundReport], None] = lambda _: None,
         notice: Callable[[str], None] = _log.warning,
+        owner: Callable[[int], str | None] | None = None,
     ) -> None:
         self._grid = grid
+        self._owner = owner
         self._context = context
         self._config = config
         self._report = report
@@ -299,13 +302,25 @@ class Federation:
         )
         for some, timeout in asked:
             for reply in self._ask(some, content, MessageTypeLegacy.GET_PROPERTIES, 0, timeout):
-                member = member_of(reply, self._config.federation.clients)
-                if member is None:
-                    self._notice("a node that federation.clients does not name is left out")
+                member = self._believed(reply)
                 self._members[reply.metadata.src_node_id] = member
                 self._doubted.discard(reply.metadata.src_node_id)
         latest = {member.name: member for member in self._members.values() if member is not None}
         return [latest[name] for name in sorted(latest)]
+
+    def _believed(self, reply: Message) -> Member | None:
+        """Who a node is, unless it is nobody of this federation or says that it is another."""
+        member = member_of(reply, self._config.federation.clients)
+        if member is None:
+            self._notice("a node that federation.clients does not name is left out")
+            return None
+        if self._owner is None or (owner := self._owner(member.node)) == member.name:
+            return member
+        self._notice(
+            f"a node says that it is {member.name} and shows the certificate of {owner}; it is left "
+            "out: client.name has to be the name in the client's certificate"
+        )
+        return None
 
     def _doubt(self, members: Iterable[Member]) -> None:
         """Ask these again, and not for long, before they are counted on."""

@@ -29,6 +29,7 @@ class Simulated:
         self.config = config
         self.clients = clients
         self.down: Callable[[int, Any], bool] = lambda node, message: False
+        self.owner: Callable[[int], str | None] | None = None
         self.asks = {
             node: Requests(client) for node, client in enumerate(clients.values(), start=11)
         }
@@ -39,7 +40,7 @@ class Simulated:
     def run(self) -> Arrays:
         grid = MemoryGrid(self.apps, lambda node, message: not self.down(node, message))
         federation = Federation(
-            grid, new_context(1), self.config, self.reports.append, self.notices.append
+            grid, new_context(1), self.config, self.reports.append, self.notices.append, self.owner
         )
         return federation.run()
 

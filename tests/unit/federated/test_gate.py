@@ -5,12 +5,16 @@ import http.client
 import ssl
 
 import pytest
+from flwr.proto.fleet_pb2 import PullMessagesRequest
+from flwr.proto.message_pb2 import PushObjectRequest
+from flwr.proto.node_pb2 import Node
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsea.client.background import Background
 from fedsea.errors import BindError, CertificateError
 from fedsea.federated.gate import Gate, Tunnel, body_length
+from fedsea.federated.nodes import Nodes, owner_in
 from fedsea.transport.address import Address
 from fedsea.transport.credentials import ClientTLS, ServerTLS
 
@@ -36,6 +40,7 @@ def test_requests_of_a_node_pass():
         GOOD.replace(b"host: x", b"Transfer-Encoding: chunked"),
         GOOD.replace(b"host: x", b"content-length: 5"),
         GOOD.replace(b"host: x", b"upgrade: h2c"),
+        GOOD.replace(b"host: x", b"Content-Encoding: gzip"),
         GOOD.replace(b"host: x", b"no colon"),
         GOOD.replace(b"host: x", b" folded: x"),
         GOOD.replace(b"content-length: 5", b"content-length: +5"),
@@ -94,12 +99,12 @@ def link():
 
 
 @pytest.fixture
-def gate(link, certificates):
+def gate(link, certificates, tmp_path):
     """A gate that lets in acme."""
     tls = ServerTLS(
         certificates / "ca.pem", certificates / "server.pem", certificates / "server.key"
     )
-    made = Gate(Address("127.0.0.1", 0), tls, ["acme"], link.port)
+    made = Gate(Address("127.0.0.1", 0), tls, ["acme"], link.port, Nodes(tmp_path / "nodes"))
     yield made
     made.close()
 
@@ -114,7 +119,7 @@ def tunnel_to(gate, certificates, tenant):
     return Tunnel(gate.address, files)
 
 
-def post(address, path, context=None):
+def post(address, path, context=None, body=b"hello"):
     """The status of an answer; None when the other side hangs up."""
     if context is None:
         connection = http.client.HTTPConnection(address.host, address.port, timeout=10)
@@ -123,7 +128,7 @@ def post(address, path, context=None):
             address.host, address.port, context=context, timeout=10
         )
     try:
-        connection.request("POST", path, body=b"hello")
+        connection.request("POST", path, body=body)
         return connection.getresponse().status
     except (OSError, http.client.HTTPException):
         return None
@@ -136,7 +141,10 @@ def test_a_tunnel_leads_through_the_gate(gate, link, certificates):
     tunnel = tunnel_to(gate, certificates, "acme")
     before = tunnel.answered
     connection = http.client.HTTPConnection(tunnel.address.host, tunnel.address.port, timeout=10)
-    for body in (b"first", b"x" * 200_000):
+    bodies = [
+        PushObjectRequest(node=Node(node_id=7), object_content=b"x" * n) for n in (5, 200_000)
+    ]
+    for body in map(PushObjectRequest.SerializeToString, bodies):
         connection.request("POST", "/v1/fleet/push-object", body=body)
         assert connection.getresponse().read() == b"ok"
     connection.close()
@@ -144,8 +152,8 @@ def test_a_tunnel_leads_through_the_gate(gate, link, certificates):
 
     assert tunnel.answered > before
     assert [(path, len(body)) for path, body in link.seen] == [
-        ("/v1/fleet/push-object", 5),
-        ("/v1/fleet/push-object", 200_000),
+        ("/v1/fleet/push-object", bodies[0].ByteSize()),
+        ("/v1/fleet/push-object", bodies[1].ByteSize()),
     ]
 
 
@@ -167,6 +175,29 @@ def test_other_tenants_are_turned_away(gate, link, certificates):
     assert link.seen == []
 
 
+def test_a_node_is_of_the_certificate_that_used_it_first(link, certificates, tmp_path):
+    """Requests in the name of another client's node are refused, and so is what names none."""
+    tls = ServerTLS(
+        certificates / "ca.pem", certificates / "server.pem", certificates / "server.key"
+    )
+    nodes = tmp_path / "nodes"
+    gate = Gate(Address("127.0.0.1", 0), tls, ["acme", "globex"], link.port, Nodes(nodes))
+    tunnels = {name: tunnel_to(gate, certificates, name) for name in ("acme", "globex")}
+    pull = PullMessagesRequest(node=Node(node_id=7)).SerializeToString()
+
+    def pulled(name, body=pull):
+        return post(tunnels[name].address, "/v1/fleet/pull-messages", body=body)
+
+    assert pulled("acme") == 200
+    assert (owner_in(nodes, 7), owner_in(nodes, 8)) == ("acme", None)
+    assert pulled("globex") == 403
+    assert pulled("globex", b"no request") == 403
+    assert pulled("acme") == 200
+    for each in (*tunnels.values(), gate):
+        each.close()
+    assert len(link.seen) == 2
+
+
 def test_nobody_comes_in_without_a_certificate(gate, certificates):
     """Plain TLS is not enough, and plain TCP is not either."""
     context = ssl.create_default_context(cafile=str(certificates / "ca.pem"))
@@ -185,17 +216,17 @@ def test_a_gate_that_is_gone_is_noticed(gate, certificates):
     tunnel.close()
 
 
-def test_a_taken_address_is_said_to_be_taken(gate, certificates):
+def test_a_taken_address_is_said_to_be_taken(gate, certificates, tmp_path):
     """Another gate cannot listen there."""
     tls = ServerTLS(
         certificates / "ca.pem", certificates / "server.pem", certificates / "server.key"
     )
     with pytest.raises(BindError, match="choose another"):
-        Gate(gate.address, tls, ["acme"], 1)
+        Gate(gate.address, tls, ["acme"], 1, Nodes(tmp_path / "nodes"))
 
 
 def test_files_are_checked_first(tmp_path, certificates):
     """A missing file is an error before anything listens."""
     tls = ServerTLS(certificates / "ca.pem", tmp_path / "no.pem", certificates / "server.key")
     with pytest.raises(CertificateError):
-        Gate(Address("127.0.0.1", 0), tls, ["acme"], 1)
+        Gate(Address("127.0.0.1", 0), tls, ["acme"], 1, Nodes(tmp_path / "nodes"))

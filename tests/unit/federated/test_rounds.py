@@ -229,6 +229,19 @@ def test_a_node_with_a_foreign_name_is_left_out(simulate):
     assert any("does not name" in notice for notice in federation.notices)
 
 
+def test_a_node_that_says_another_name_than_its_certificate_is_left_out(simulate):
+    """A client cannot take the place of another, and the notice says whose certificate it was."""
+    federation = simulate(FOUR)
+    names = dict(zip(federation.apps, federation.clients, strict=True))
+    federation.owner = (names | {12: "acme"}).get
+
+    federation.run()
+
+    assert federation.reports[0].missing == ("globex",)
+    (notice,) = federation.notices
+    assert "says that it is globex and shows the certificate of acme" in notice
+
+
 @pytest.mark.parametrize("secure", [False, True])
 @pytest.mark.parametrize("kind", ["fedavg", "fedadam"])
 def test_a_stopped_federation_goes_on_to_the_same_bits(simulate, tmp_path, secure, kind):
