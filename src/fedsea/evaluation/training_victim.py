@@ -95,27 +95,25 @@ class TrainingVictim:
     ) -> None:
         self._checkpoint = Checkpoint.open(model)
         self._partition = partition
-        self._stack = ExitStack()
-        self._folder = Path(self._stack.enter_context(TemporaryDirectory(prefix="fedsea-victim-")))
         self._recorder = Recorder(_RECORDED_MESSAGES)
-        try:
+        with ExitStack() as stack:
+            self._folder = Path(stack.enter_context(TemporaryDirectory(prefix="fedsea-victim-")))
             config = server_config(model, training=self._folder / "trained")
             loaded = trunk if trunk is not None else loading.load(config)
             channel = ServerHere(lambda: TrunkService(config, loaded))
-            self.model = SplitForTraining.connect(
-                model,
-                {SERVER: lambda: RecordingChannel(channel, self._recorder)},
-                name=_NAME,
-                partition=partition,
-                lora=lora,
-                seed=seed,
-                dtype="fp32",
-                guard=self._guard(guarded),
+            self.model = stack.enter_context(
+                SplitForTraining.connect(
+                    model,
+                    {SERVER: lambda: RecordingChannel(channel, self._recorder)},
+                    name=_NAME,
+                    partition=partition,
+                    lora=lora,
+                    seed=seed,
+                    dtype="fp32",
+                    guard=self._guard(guarded, stack),
+                )
             )
-        except BaseException:
-            self._stack.close()
-            raise
-        self._stack.callback(self.model.close)
+            self._stack = stack.pop_all()
         self.model.train()
         parameters = dict(self.model.named_parameters())
         self._optimizer = AdapterOptimizer(parameters, AdamWConfig())
@@ -187,7 +185,7 @@ class TrainingVictim:
         bottom, top = self.model.adapters()
         return bottom, top
 
-    def _guard(self, guarded: Guarded) -> TrainingGuard | None:
+    def _guard(self, guarded: Guarded, stack: ExitStack) -> TrainingGuard | None:
         if guarded.is_plain:
             return None
         policy = TrainingProtection(
@@ -197,5 +195,5 @@ class TrainingVictim:
             tenant=_NAME,
             ledger=self._folder / "ledger.sqlite",
         ).applied(self._checkpoint.hidden_size, PARTS)
-        self._stack.callback(policy.close)
+        stack.callback(policy.close)
         return policy.guard()

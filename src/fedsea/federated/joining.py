@@ -20,9 +20,9 @@ from fedsea.errors import ConfigError
 from fedsea.federated.config import Neighbours, PrivacySection, SecureSection
 from fedsea.federated.local import LocalClient, Policy
 from fedsea.federated.training import SplitTraining
-from fedsea.federated.unit_update import account_of, mechanism_of
+from fedsea.federated.unit_update import UnitUpdate, account_of, mechanism_of
 from fedsea.privacy.accounts import DEFAULT_DELTA, Budget
-from fedsea.privacy.ledger import Ledger, default_path
+from fedsea.privacy.ledger import Account, Ledger, default_path
 from fedsea.settings import need
 from fedsea.transport.credentials import ClientTLS, check_tenant
 
@@ -214,40 +214,31 @@ class Joined:
     def __init__(
         self, config: ClientConfig, notice: Tell | None = None, servers: Servers | None = None
     ) -> None:
-        self._stack = ExitStack()
         run = Finetuning(config.finetune)
         section = config.client
         if servers is None:
             need(bool(section.servers), "client.servers names no server of the trunk; name one")
             servers = section.servers
         chosen = config.protection.chosen(section.name, config.finetune.run.adapter)
-        self.guarded = None if chosen is None else run.protect(chosen)
-        try:
+        with ExitStack() as stack:
+            self.guarded = None if chosen is None else run.protect(chosen)
             if self.guarded is not None:
-                self._stack.callback(self.guarded.close)
-            self.model = self._stack.enter_context(
+                stack.callback(self.guarded.close)
+            self.model = stack.enter_context(
                 run.connect(servers, tls=section.tls, on_notice=notice, policy=self.guarded)
             )
             evaluation = () if run.evaluation_set is None else run.evaluation_set.examples
             self.training = SplitTraining(
                 self.model, config.finetune.training, run.train_set.examples, evaluation
             )
-            ledger = self._ledger(config.privacy)
-            mechanism = mechanism_of(config.privacy)
-            protection = None
-            if mechanism is not None and ledger is not None:
-                account = account_of(ledger, section.name, config.privacy, mechanism)
-                protection = mechanism, account
             self.client = LocalClient(
                 section.name,
                 self.training,
                 policy_of(config, self.training),
                 config.finetune.run.out,
-                protection,
+                _noise_of(config, stack),
             )
-        except BaseException:
-            self._stack.close()
-            raise
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -259,10 +250,14 @@ class Joined:
         """Disconnect from the server."""
         self._stack.close()
 
-    def _ledger(self, section: PrivacySection) -> Ledger | None:
-        if section.mu is None:
-            return None
-        return self._stack.enter_context(Ledger.open(section.ledger or default_path()))
+
+def _noise_of(config: ClientConfig, stack: ExitStack) -> tuple[UnitUpdate, Account] | None:
+    """What makes this client's updates private, and its account; the stack closes the ledger."""
+    mechanism = mechanism_of(config.privacy)
+    if mechanism is None:
+        return None
+    ledger = stack.enter_context(Ledger.open(config.privacy.ledger or default_path()))
+    return mechanism, account_of(ledger, config.client.name, config.privacy, mechanism)
 
 
 def policy_of(config: ClientConfig, training: SplitTraining) -> Policy:
