@@ -7,6 +7,7 @@ import fedsea.transport  # noqa: F401
 
 # isort: split
 
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -40,6 +41,16 @@ def packed_linears() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linears, "packing_is_faster", linears.packing_works)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Let SIGINT reach what tests start.
+
+    A shell that runs the tests in the background has them ignore it, and children inherit that.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:

@@ -243,7 +243,7 @@ def endless_text(tokenizer, ids: list[int], model: Path, count: int) -> str:
 
 def test_ctrl_c_ends_an_answer_quietly(provider, model):
     """SIGINT in mid-answer is exit code 130 without a traceback."""
-    for _ in range(12):  # on a busy machine the answer can be complete before the signal comes
+    for _ in range(3):  # on a busy machine the answer can be complete before the signal comes
         process = started(
             "generate", model, PROMPT, *provider.options, "--max-new-tokens", 900, "--ignore-eos"
         )
