@@ -83,10 +83,14 @@ class Organisation:
             os.kill(pid, signal.SIGKILL)
         self.process.wait(10)
 
-    def close(self) -> None:
-        """End it, however it is."""
+    def stop(self) -> None:
+        """Ask it to end."""
         if self.process.poll() is None:
             self.process.terminate()
+
+    def close(self) -> None:
+        """See it end, however it is."""
+        if self.process.poll() is None:
             try:
                 self.process.wait(20)
             except subprocess.TimeoutExpired:
@@ -107,11 +111,13 @@ class Network:
         self.organisations: list[Organisation] = []
         self.aggregator: Aggregator | None = None
 
-    def aggregate(self, names: tuple[str, ...], rounds: int, secure: bool = False) -> Aggregator:
+    def aggregate(
+        self, names: tuple[str, ...], rounds: int, secure: bool = False, timeout_s: int = 60
+    ) -> Aggregator:
         """Start an aggregator."""
         lines = [
             *("[federation]", 'name = "trial"', f"clients = {json.dumps(names)}"),
-            *('folder = "out"', f"rounds = {rounds}", "round_timeout_s = 60"),
+            *('folder = "out"', f"rounds = {rounds}", f"round_timeout_s = {timeout_s}"),
             *("[aggregator]", 'address = "127.0.0.1:0"'),
             f'ca = "{self.certificates / "ca.pem"}"',
             f'certificate = "{self.certificates / "server.pem"}"',
@@ -153,6 +159,8 @@ class Network:
 
     def close(self) -> None:
         """End everything."""
+        for organisation in self.organisations:
+            organisation.stop()
         for organisation in self.organisations:
             organisation.close()
         if self.aggregator is not None:
@@ -263,7 +271,7 @@ class FirstOnly(list[RoundReport]):
 
 def test_a_killed_client_in_a_secure_round(network):
     """One of four is killed while it trains: the mean of the other three comes out."""
-    network.aggregate(NAMES, rounds=1, secure=True)
+    network.aggregate(NAMES, rounds=1, secure=True, timeout_s=40)
     for name, examples in zip(NAMES[:3], (10, 20, 30), strict=True):
         network.join(name, examples, secure=True)
     victim = network.join("umbrella", 0, secure=True)
