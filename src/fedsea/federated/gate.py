@@ -138,6 +138,7 @@ class Tunnel:
     Args:
         gate: the gate's address.
         tls: this client's certificate, and the CA that signs the aggregator.
+        over: set when the federation has ended; then a gate that is gone is no news.
 
     Raises:
         CertificateError: a file of `tls` cannot be used.
@@ -148,9 +149,10 @@ class Tunnel:
         answered: when something last came from the gate, on the monotonic clock.
     """
 
-    def __init__(self, gate: Address, tls: ClientTLS) -> None:
+    def __init__(self, gate: Address, tls: ClientTLS, over: threading.Event | None = None) -> None:
         load_client(tls)
         self._gate = gate
+        self._over = over or threading.Event()
         self._name = tls.server_name or gate.host
         self._context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=str(tls.ca))
         self._context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -176,8 +178,10 @@ class Tunnel:
                 ssl_handshake_timeout=_HANDSHAKE_S,
             )
         except (OSError, ssl.SSLError) as error:
+            if not (self.lost.is_set() or self._over.is_set()):
+                reason = _reason(error)
+                _log.warning("the aggregator at %s cannot be reached: %s", self._gate, reason)
             self.lost.set()
-            _log.warning("the aggregator at %s cannot be reached: %s", self._gate, _reason(error))
             back.close()
             return
         self.lost.clear()

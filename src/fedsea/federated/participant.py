@@ -55,7 +55,7 @@ class Participant:
         self._ended = threading.Event()
         self._stopped = threading.Event()
         requests = Requests(client, on_finish=lambda _: self._ended.set(), on_round=on_round)
-        self._tunnel = Tunnel(gate, tls)
+        self._tunnel = Tunnel(gate, tls, self._ended)
         self._listener = Listener(requests)
         terms = json.dumps(asdict(secure)) if secure.enabled else ""
         self._programs = Programs(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import ssl
+import threading
 
 import pytest
 from flwr.proto.fleet_pb2 import PullMessagesRequest
@@ -109,14 +110,14 @@ def gate(link, certificates, tmp_path):
     made.close()
 
 
-def tunnel_to(gate, certificates, tenant):
+def tunnel_to(gate, certificates, tenant, over=None):
     """A tunnel with a tenant's certificate."""
     files = ClientTLS(
         certificates / "ca.pem",
         certificates / f"client-{tenant}.pem",
         certificates / f"client-{tenant}.key",
     )
-    return Tunnel(gate.address, files)
+    return Tunnel(gate.address, files, over)
 
 
 def post(address, path, context=None, body=b"hello"):
@@ -206,13 +207,19 @@ def test_nobody_comes_in_without_a_certificate(gate, certificates):
     assert post(gate.address, "/v1/fleet/pull-messages") is None
 
 
-def test_a_gate_that_is_gone_is_noticed(gate, certificates):
-    """The tunnel says so, which is how a client learns that the aggregator has ended."""
-    tunnel = tunnel_to(gate, certificates, "acme")
+@pytest.mark.parametrize("is_over", [False, True])
+def test_a_gate_that_is_gone_is_noticed(gate, certificates, caplog, is_over):
+    """The tunnel says so once, and not at all when the federation has ended anyway."""
+    over = threading.Event()
+    tunnel = tunnel_to(gate, certificates, "acme", over)
     gate.close()
+    if is_over:
+        over.set()
 
-    assert post(tunnel.address, "/v1/fleet/pull-messages") is None
+    for _ in range(2):
+        assert post(tunnel.address, "/v1/fleet/pull-messages") is None
     assert tunnel.lost.is_set()
+    assert caplog.text.count("cannot be reached") == (0 if is_over else 1)
     tunnel.close()
 
 
