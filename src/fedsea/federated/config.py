@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from fedsea.settings import from_tables, need, read_toml
 
@@ -211,7 +211,7 @@ class FederationConfig:
         )
 
     @classmethod
-    def load(cls, path: str | Path) -> FederationConfig:
+    def load(cls, path: str | Path) -> Self:
         """Read a TOML file.
 
         Raises:
@@ -249,16 +249,6 @@ class AggregatorConfig(FederationConfig):
     """The settings of an aggregator that clients reach over a network."""
 
     aggregator: AggregatorSection
-
-    @classmethod
-    def load(cls, path: str | Path) -> AggregatorConfig:
-        """Read a TOML file.
-
-        Raises:
-            ConfigError: it cannot be read, or a key or value in it cannot be used.
-        """
-        path = Path(path)
-        return from_tables(cls, read_toml(path), path.parent)
 
 
 def _named(key: str, text: str) -> None:
