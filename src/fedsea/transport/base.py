@@ -118,7 +118,9 @@ class Channel(ABC):
         """Start a session stream.
 
         Raises Unreachable, CertificateError or DeadlineExceeded when there is no connection. What
-        the server itself objects to is raised by the first `receive`.
+        the server itself objects to is raised by the first `receive`. A connection that broke a
+        moment ago may not be known to be broken: then the first use of the stream raises
+        ConnectionLost.
         """
 
     @abstractmethod

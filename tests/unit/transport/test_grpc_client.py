@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import socket
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -262,6 +263,15 @@ async def test_a_probe_rate_that_servers_refuse():
         ClientOptions(keepalive=1)
 
 
+async def echo_over_a_new_stream(channel: GrpcChannel) -> bytes | None:
+    """What comes back; a stream that began before gRPC had noticed a cut is lost like the others."""
+    while True:
+        with suppress(ConnectionLost):
+            stream = await channel.open_stream()
+            await stream.send(b"hello")
+            return await stream.receive()
+
+
 async def test_a_cut_connection(proxy, client_tls, handler):
     """A cut wakes the waiting client and frees the server; the same channel connects again."""
     async with GrpcChannel(proxy.address, client_tls) as channel:
@@ -276,9 +286,8 @@ async def test_a_cut_connection(proxy, client_tls, handler):
         with pytest.raises(ConnectionLost):
             await stream.send(b"more")
         await asyncio.wait_for(handler.cancelled.wait(), 5)
-        again = await channel.open_stream()
-        await again.send(b"hello")
-        assert await again.receive() == b"hello"
+        async with asyncio.timeout(5):
+            assert await echo_over_a_new_stream(channel) == b"hello"
 
 
 async def test_a_server_that_comes_back(proxy, client_tls):
