@@ -22,7 +22,8 @@ from fedsea.client.background import Pending
 from fedsea.client.generation import Timing
 from fedsea.client.link import Traffic
 from fedsea.client.streams import Stream
-from fedsea.client.trainer import Callback, StepReport, Summary
+from fedsea.client.trainer import Callback, StepReport
+from fedsea.client.training_run import Summary
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "python-api.md"
 HEAD = """\

@@ -13,10 +13,11 @@ from tests.conftest import memory_config
 from tests.unit.client.conftest import BRIEF, Wire
 
 from fedsea.client.examples import Example
-from fedsea.client.trainer import CHECKPOINTS, Callback, StepReport, Trainer
+from fedsea.client.trainer import Callback, StepReport, Trainer
 from fedsea.client.training import SplitForTraining
 from fedsea.client.training_config import TrainerConfig
 from fedsea.client.training_protection import TrainingPolicy, TrainingProtection
+from fedsea.client.training_run import CHECKPOINTS
 from fedsea.errors import BudgetExceeded
 from fedsea.model.checkpoints import Steps
 from fedsea.model.lora import LoraConfig

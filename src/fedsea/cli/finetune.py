@@ -26,7 +26,8 @@ from fedsea.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedsea.client.finetuning import FinetuneConfig, Finetuning
-    from fedsea.client.trainer import Summary, Trainer
+    from fedsea.client.trainer import Trainer
+    from fedsea.client.training_run import Summary
 
 _DATA = "Data"
 _MODEL = "Model"
@@ -342,7 +343,7 @@ def _show_data(run: Finetuning) -> None:
 
 def _places(config: FinetuneConfig) -> dict[str, str]:
     """Where the parts of the adapter are."""
-    from fedsea.client.trainer import ADAPTER
+    from fedsea.client.training_run import ADAPTER
 
     return {"adapter": str(config.run.out / ADAPTER), "trunk_adapter": config.run.adapter}
 

@@ -26,11 +26,12 @@ from fedsea.client.examples import (
 )
 from fedsea.client.link import Patience, Tell
 from fedsea.client.llm import load_tokenizer
-from fedsea.client.trainer import CHECKPOINTS, MOST_OFFERED, Callback, Summary, Trainer, ended_run
+from fedsea.client.trainer import MOST_OFFERED, Callback, Trainer
 from fedsea.client.training import PARTS, SplitForTraining
 from fedsea.client.training_config import SECTION, TrainerConfig
 from fedsea.client.training_metrics import CsvMetrics, TensorBoardMetrics
 from fedsea.client.training_protection import TrainingPolicy, TrainingProtection
+from fedsea.client.training_run import CHECKPOINTS, Summary, ended_run
 from fedsea.errors import ConfigError, DataError
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.checkpoints import Steps

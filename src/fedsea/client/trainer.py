@@ -16,24 +16,33 @@ the losses after any of this are those of a run to which nothing happened, bit f
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from hashlib import blake2b
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedsea import artifacts
 from fedsea.client.examples import Example, StepBatches
 from fedsea.client.trainable import Moved, TrainableModel, answer_loss, trainable
 from fedsea.client.training import SplitForTraining
-from fedsea.client.training_config import SAVE_EVERY, SECTION, LossScaling, TrainerConfig
+from fedsea.client.training_config import SAVE_EVERY, LossScaling, TrainerConfig
+from fedsea.client.training_run import (
+    ADAPTER,
+    CHECKPOINTS,
+    State,
+    Summary,
+    check_run,
+    described_run,
+    ended_run,
+    read_state,
+    write_run,
+    write_state,
+    write_summary,
+)
 from fedsea.errors import (
     CheckpointError,
     ConfigError,
@@ -49,12 +58,6 @@ from fedsea.model.checkpoints import Steps, read_optimizer, write_optimizer
 from fedsea.model.optimization import AdapterOptimizer
 from fedsea.wire.training import MAX_SCALE
 
-RUN = "run.json"
-STATE = "state.json"
-SUMMARY = "summary.json"
-CHECKPOINTS = "checkpoints"
-ADAPTER = "adapter"
-
 MOST_OFFERED = 64
 """Steps to go on from that the protocol lets a client offer."""
 
@@ -69,9 +72,6 @@ _SCALE_GROWS_AFTER = 2000
 # Over so many of the last steps the speed is measured.
 _SPEED_STEPS = 20
 _NAMED_EXAMPLES = 8
-_FORMAT = 1
-# Settings that do not change what is computed, so that a run may go on with others.
-_FREE_SETTINGS = ("keep", "reconnect_s", "save_every")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,59 +122,6 @@ class Callback:
 
     def on_message(self, text: str) -> None:
         """Something that people should know."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
-    """How a training ended.
-
-    Attributes:
-        step: the step whose adapter it is.
-        steps: how many were planned.
-        loss: of the last step.
-        evaluation_loss: of the last evaluation, or of the best one with patience; None without any.
-        tokens: tokens run.
-        answer_tokens: tokens that a loss was on.
-        bytes_up: bytes sent.
-        bytes_down: bytes received.
-        seconds: spent training.
-        stopped: why it ended before its last step: "patience" or "request"; None if it did not.
-    """
-
-    step: int
-    steps: int
-    loss: float | None
-    evaluation_loss: float | None
-    tokens: int
-    answer_tokens: int
-    bytes_up: int
-    bytes_down: int
-    seconds: float
-    stopped: str | None = None
-
-
-@dataclass(slots=True)
-class _State:
-    """What is saved with a step besides parameters and moments.
-
-    `evaluated` is the step of the last evaluation, `stale` how many in a row were not better.
-    `scaled` counts steps since the scale last changed.
-    """
-
-    step: int = 0
-    loss: float | None = None
-    evaluated: int = -1
-    evaluation_loss: float | None = None
-    best_step: int = 0
-    best_loss: float | None = None
-    stale: int = 0
-    scale: float = 1.0
-    scaled: int = 0
-    tokens: int = 0
-    answer_tokens: int = 0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,12 +180,12 @@ class Trainer:
         config.rate(1, self._steps)  # refuses a warm-up that never ends
         self._evaluate_every = config.evaluate_every or self._batches.steps(1)
         self._optimizer = AdapterOptimizer(model.trained(), config.optimizer)
-        self._state = _State(scale=_FIRST_SCALE if self._scales else 1.0)
+        self._state = State(scale=_FIRST_SCALE if self._scales else 1.0)
         self._folder = folder
         self._kept = None if folder is None else Steps(folder / CHECKPOINTS, config.keep)
-        self._described = _described(model, config, train, evaluation)
+        self._described = described_run(model, config, train, evaluation)
         if folder is not None:
-            _check_run(folder, self._described)
+            check_run(folder, self._described)
         self._saved = -1
         self._connected = False
         self._breaks = 0
@@ -318,8 +265,7 @@ class Trainer:
             if saved := self._kept.steps():
                 self._restore(saved[-1])
             else:
-                content = json.dumps(self._described, indent=2, sort_keys=True)
-                artifacts.replace_file(self._folder / RUN, content.encode() + b"\n")
+                write_run(self._folder, self._described)
                 self._save_here()
         for callback in self._callbacks:
             callback.on_start(self._state.step, self._steps)
@@ -525,7 +471,7 @@ class Trainer:
     def _write(self, folder: Path) -> None:
         self._model.save(folder)
         write_optimizer(folder, self._optimizer)
-        artifacts.replace_file(folder / STATE, json.dumps(asdict(self._state)).encode())
+        write_state(folder, self._state)
 
     def _restore(self, step: int) -> None:
         if self._kept is None:
@@ -533,7 +479,7 @@ class Trainer:
                 f"the server is at step {step} and nothing is kept here; train with a folder"
             )
         folder = self._kept.path(step)
-        state = _read_state(folder / STATE, step)
+        state = read_state(folder, step)
         self._model.load(folder)
         read_optimizer(folder, self._optimizer)
         self._model.changed()
@@ -555,11 +501,10 @@ class Trainer:
         if self._folder is not None:
             self._model.save(self._folder / ADAPTER)
             if ended:
-                content = json.dumps(asdict(summary), indent=2).encode() + b"\n"
-                artifacts.replace_file(self._folder / SUMMARY, content)
+                write_summary(self._folder, summary)
         return summary
 
-    def _summary(self, last: _State) -> Summary:
+    def _summary(self, last: State) -> Summary:
         patience = self._config.patience
         stopped = None
         if last.step < self._steps:
@@ -650,90 +595,3 @@ def _not_finite(
         f"{named}{more}); nothing was applied: lower the learning rate, compute in fp32, or leave "
         "these examples out"
     )
-
-
-def _described(
-    model: TrainableModel,
-    config: TrainerConfig,
-    train: Sequence[Example],
-    evaluation: Sequence[Example] | None,
-) -> dict[str, Any]:
-    """What makes a run this run and no other."""
-    settings = {key: value for key, value in asdict(config).items() if key not in _FREE_SETTINGS}
-    return {
-        "format": _FORMAT,
-        "model": dict(model.description()),
-        SECTION: settings,
-        "data": {"train": _digest(train), "evaluation": _digest(evaluation or ())},
-    }
-
-
-def _digest(examples: Sequence[Example]) -> str:
-    found = blake2b(digest_size=16)
-    for example in examples:
-        found.update(repr((example.ids, example.answers)).encode())
-    return found.hexdigest()
-
-
-def _check_run(folder: Path, described: Mapping[str, Any]) -> None:
-    """Refuse to go on with another run.
-
-    Raises:
-        ConfigError: the folder holds one, or cannot be read.
-    """
-    path = folder / RUN
-    if not path.exists():
-        return
-    there, here = _flat(_json(path)), _flat(json.loads(json.dumps(described)))
-    for key in sorted(there.keys() | here.keys()):
-        if there.get(key) != here.get(key):
-            raise ConfigError(
-                f"{folder} holds a run with {key} {_shown(there, key)}, and this one has "
-                f"{_shown(here, key)}; use another folder, or the same settings and data"
-            )
-
-
-def _flat(table: Mapping[str, Any], name: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in table.items():
-        path = f"{name}.{key}" if name else key
-        found |= _flat(value, path) if isinstance(value, dict) else {path: value}
-    return found
-
-
-def _shown(table: Mapping[str, Any], key: str) -> str:
-    return json.dumps(table[key]) if key in table else "unset"
-
-
-def ended_run(folder: Path) -> Summary | None:
-    """How the run in a folder ended; None while it can go on, and where there is none.
-
-    Raises:
-        CheckpointError: the folder cannot be read.
-    """
-    path = folder / SUMMARY
-    return Summary(**_known(path, Summary)) if path.exists() else None
-
-
-def _read_state(path: Path, step: int) -> _State:
-    state = _State(**_known(path, _State))
-    if state.step != step:
-        raise CheckpointError(f"{path} is of another step; remove its folder, and go on")
-    return state
-
-
-def _known(path: Path, kind: type[Any]) -> dict[str, Any]:
-    found = _json(path)
-    if found.keys() != {entry.name for entry in fields(kind)}:
-        raise CheckpointError(f"{path} has other entries than expected; start in another folder")
-    return found
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        raise CheckpointError(f"{path} cannot be read; start in another folder") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is no object; start in another folder")
-    return found

@@ -18,10 +18,11 @@ from torch.nn.functional import cross_entropy
 
 from fedsea.client.examples import Example
 from fedsea.client.link import Patience
-from fedsea.client.trainer import ADAPTER, CHECKPOINTS, Callback, StepReport, Summary, Trainer
+from fedsea.client.trainer import Callback, StepReport, Trainer
 from fedsea.client.training import PARTS, SplitForTraining
 from fedsea.client.training_config import TrainerConfig
 from fedsea.client.training_protection import TrainingProtection
+from fedsea.client.training_run import ADAPTER, CHECKPOINTS, Summary
 from fedsea.errors import CheckpointError, ConfigError, DataError, NotFinite
 from fedsea.model.adapters import read_adapter
 from fedsea.model.checkpoints import Steps
