@@ -6,6 +6,7 @@ import csv
 import sys
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedsea.client.trainer import StepReport
 from fedsea.client.training_metrics import CsvMetrics, TensorBoardMetrics
@@ -76,17 +77,22 @@ def test_cannot_be_written(tmp_path):
 
 
 def test_tensorboard(tmp_path):
-    """Files are written, and a run that goes on purges what was taken back."""
-    pytest.importorskip("tensorboard")
+    """TensorBoard reads what was written, and not what was taken back."""
     metrics = TensorBoardMetrics(tmp_path)
     metrics.on_start(0, 9)
-    metrics.on_step(report(1))
-    metrics.on_evaluation(1, 2.0)
-    metrics.on_rollback(0)
-    metrics.on_step(report(1))
+    for step in (1, 2):
+        metrics.on_step(report(step))
+    metrics.on_evaluation(2, 2.0)
+    metrics.on_rollback(1)
+    metrics.on_step(report(2, loss=7.0))
     metrics.close()
     metrics.close()
-    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    losses = [(event.step, event.value) for event in found.Scalars("train/loss")]
+    assert losses == [(1, pytest.approx(LOSS)), (2, 7.0)]
+    assert found.Scalars("train/tokens_per_second")[0].value == 321.0
+    assert found.Scalars("evaluation/loss") == []
 
 
 def test_without_tensorboard(tmp_path, monkeypatch):
