@@ -16,7 +16,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from tests.ports import free_port
 
 from fedsea.demo import CHAT_PROMPT
 
@@ -233,9 +234,7 @@ class Workplace:
         if port in self._ports.values():
             return port
         if port not in self._ports:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                self._ports[port] = str(probe.getsockname()[1])
+            self._ports[port] = str(free_port())
         return self._ports[port]
 
     def _environment(self) -> dict[str, str]:

@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 from tests import attestation_command
-from tests.integration.conftest import free_port, processes, tls_of
+from tests.integration.conftest import processes, tls_of
+from tests.ports import free_port
 from tests.signing_service import IMAGE, ISSUER, SigningService, good_claims
 
 from fedsea.client.background import Background

@@ -12,7 +12,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from tests.integration.conftest import free_port, tls_of
+from tests.integration.conftest import tls_of
+from tests.ports import free_port
 
 from fedsea.client.link import Patience
 from fedsea.client.sessions import Session

@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc import aio
+from tests.ports import free_port
 
 from fedsea.errors import (
     Capacity,
@@ -109,13 +110,6 @@ def unchecked(monkeypatch) -> None:
     """Let either side load files that it would refuse, as a foreign implementation might."""
     monkeypatch.setattr(credentials, "_check_dates", lambda *_: None)
     monkeypatch.setattr(credentials, "_check_usage", lambda *_: None)
-
-
-def free_port() -> int:
-    """A port on which nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 async def why_refused(address: str, tls: ClientTLS | Plaintext) -> Exception:
