@@ -21,13 +21,13 @@ help:  ## show this list
 demo: $(RUNTIME)  ## split the packaged model over two processes and generate through it
 	$(BIN)/fedsea demo $(ARGS)
 
-# Unit tests share the two cores; integration tests start servers of their own, on ports of their own.
+# Two files at a time, the short ones first; tests start servers of their own, on ports of their own.
 test: $(DEV)  ## run every test (ARGS="-k name" for some)
 ifdef ARGS
 	$(LOCAL) $(BIN)/python -m pytest $(ARGS)
 else
-	$(LOCAL) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(THREADS) --dist loadfile tests/unit tests/fuzz
-	$(LOCAL) $(BIN)/python -m pytest tests/integration
+	$(LOCAL) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(THREADS) --dist loadfile \
+	  --no-loadscope-reorder tests/unit tests/fuzz tests/integration
 endif
 
 check: $(DEV)  ## format, lint, types, architecture, docs: what must pass before a commit
