@@ -6,10 +6,10 @@ Prints one JSON object: bytes at the peak after the imports, after loading and a
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from pathlib import Path
 
+from benchmarks.peak_memory import peak
 from fedsea.client.llm import LLM
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.transport.base import Peer, ServerStream
@@ -52,19 +52,6 @@ class Echo:
                 await stream.send(connection.send(Opened("echo")))
             elif isinstance(event, Append):
                 await stream.send(connection.send(Output(event.id, event.answer(), event.rows)))
-
-
-def peak() -> int:
-    """Most memory that this process has held, in bytes.
-
-    Linux's `ru_maxrss` begins with the size of the process that started this one, so the kernel's
-    mark of the address space itself is read where there is one.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(fields["VmHWM"].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _main(model: Path) -> None:

@@ -12,6 +12,7 @@ from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.inspection import inspect_model
 from fedsea.model.partition import Partition
 
+ROOT = Path(__file__).parents[2]
 HIDDEN, BLOCKS, INNER, HEADS, VOCABULARY = 4096, 32, 11008, 32, 32_000
 KV_ROWS = 1024
 # Rows of a prompt that a client computes at once.
@@ -20,15 +21,13 @@ LIMIT = 1_600_000_000
 
 # Runs in a process of its own, so that only the client's side is measured. Prints bytes.
 CLIENT = """
-import json, resource, sys
+import json, sys
 import torch
+from benchmarks.peak_memory import peak
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.partition import Partition
 from fedsea.model.runner import NewRows, SpanRunner
 from fedsea.model.spans import Placement, load_bottom, load_top
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 folder, kv_rows, chunk = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 sizes = {"imports": peak()}
@@ -110,7 +109,9 @@ def folder(tmp_path_factory):
 def measure(folder: Path) -> dict[str, int]:
     """Peak memory in bytes of a fresh client process after each of its stages."""
     command = [sys.executable, "-c", CLIENT, str(folder), str(KV_ROWS), str(CHUNK)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False
+    )
     assert done.returncode == 0, done.stderr
     sizes: dict[str, int] = json.loads(done.stdout)
     print({stage: f"{size / 1e9:.2f} GB" for stage, size in sizes.items()})

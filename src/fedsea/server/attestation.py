@@ -126,12 +126,12 @@ class TokenCommand:
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(program.pid, signal.SIGKILL)
-            await program.wait()
             with suppress(TimeoutError):
-                # The pipe is closed by reading to its end, which a killed program cannot move.
+                # `wait` ends when the pipe is closed as well, which is by reading to its end.
                 async with asyncio.timeout(CLOSING_SECONDS):
                     while await _stdout(program).read(READ_BYTES):
                         pass
+                    await program.wait()
 
 
 async def _read(program: asyncio.subprocess.Process) -> bytes:

@@ -105,6 +105,21 @@ async def test_output_without_end():
             await command.attest(ACME, REQUEST)
 
 
+async def test_output_that_waits_to_be_read(monkeypatch):
+    """A program is gone at once, however much it printed that nobody has read."""
+
+    async def reads_nothing(program):
+        while not program.stdout._paused:  # noqa: ASYNC110 - nobody tells when it is full
+            await asyncio.sleep(0.01)
+        raise AttestationError("enough")
+
+    monkeypatch.setattr(attestation, "_read", reads_nothing)
+    command = python("while True: print('a' * 1000)", timeout_s=60)
+    async with asyncio.timeout(20):
+        with pytest.raises(AttestationError, match="enough"):
+            await command.attest(ACME, REQUEST)
+
+
 async def test_a_program_that_does_not_exist():
     """A wrong path is told like any failure; the log says which."""
     section = AttestationSection(command=("/nonexistent/program",))
