@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from tests.tiny_models import VOCABULARY, save_tiny
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -22,6 +23,10 @@ from fedsea.model import linears
 from fedsea.server.config import ServerConfig
 from fedsea.server.service import TrunkService
 from fedsea.transport.certificates import init_ca, issue_client, issue_server
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 _SPECIAL = ("<pad>", "<s>", "</s>")
 # One token for each character, so that any id can be read and any text has as many ids.

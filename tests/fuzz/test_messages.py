@@ -57,7 +57,7 @@ near_valid = st.sampled_from(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.binary(max_size=300))
 @example(data=b"")
 @example(data=bytes(2**16 + 1))
@@ -67,7 +67,7 @@ def test_random_bytes(data):
     judge(data)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=messages | damaged(messages) | near_valid | damaged(near_valid))
 def test_damaged_messages(data):
     """Messages that are valid up to a few bytes give an event or a remote error."""

@@ -140,9 +140,7 @@ class Releases(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
-Releases.TestCase.settings = settings(
-    max_examples=25, stateful_step_count=20, deadline=None, derandomize=True
-)
+Releases.TestCase.settings = settings(max_examples=25, stateful_step_count=20, derandomize=True)
 TestReleases = Releases.TestCase
 
 

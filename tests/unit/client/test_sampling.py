@@ -101,19 +101,19 @@ shared = {
 class TestParity:
     """The same ids as `transformers`, for the same logits and seed."""
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(prompts, st.builds(SamplingParams, **drawing, **shared))
     def test_seeded_draws_equal_generate(self, prompt, params):
         """With torch seeded alike, generate(do_sample=True) and the sampler give the same ids."""
         assert _ours(prompt, params) == _reference(prompt, params)
 
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(prompts, st.builds(SamplingParams, **shared))
     def test_greedy_equals_generate(self, prompt, params):
         """Temperature 0 gives the ids of generate(do_sample=False)."""
         assert _ours(prompt, params) == _reference(prompt, params)
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(
         seed=st.integers(0, 2**32),
         top_p=st.floats(0.01, 0.9999),
@@ -151,7 +151,7 @@ class TestParity:
 class TestBatches:
     """Rows are chosen as if each were alone."""
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(
         st.lists(
             st.tuples(

@@ -81,7 +81,7 @@ class TestEqualsDecode:
     """The joined pieces are the text of all ids."""
 
     @pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK], ids=["level", "fallback"])
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     @given(data=st.data())
     def test_built_tokenizers(self, tokenizer, data):
         """Any ids, broken characters, special and unknown ids included, stream to the same text."""
@@ -98,7 +98,7 @@ class TestEqualsDecode:
             pytest.skip(f"the shared assets are absent: ../shared/assets/{folder}")
         tokenizer = AutoTokenizer.from_pretrained(path)
 
-        @settings(max_examples=150, deadline=None)
+        @settings(max_examples=150)
         @given(data=st.data())
         def check(data):
             _check_equal(data, tokenizer)

@@ -421,9 +421,7 @@ class TestBreaks:
         place.trainer().run()
         same(place, undisturbed)
 
-    @settings(
-        max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-    )
+    @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         st.dictionaries(
             st.integers(1, 90), st.sampled_from(["cut", "deaf", "killed", "client"]), max_size=7

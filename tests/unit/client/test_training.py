@@ -124,9 +124,7 @@ def test_every_family_trains_as_unsplit(family: str, tmp_path: Path) -> None:
     assert_equal_gradients(gradient, whole)
 
 
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     cut=st.tuples(st.integers(0, 4), st.integers(0, 4)).filter(lambda cut: sum(cut) < 5),
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5).filter(lambda n: max(n) > 1),

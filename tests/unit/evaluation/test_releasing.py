@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsea.errors import UnsafeRows
@@ -76,7 +76,6 @@ def test_a_projection_narrows_before_the_mechanism():
     assert not cut.widen(narrow)[..., 2:].any()
 
 
-@settings(deadline=None)
 @given(st.integers(0, 1000), st.sampled_from(MECHANISMS))
 def test_clipped_rows_lie_inside(seed, mechanism):
     """Whatever is let through is within the radius, and what lay inside is left as it was."""

@@ -185,7 +185,7 @@ class PoolMachine(RuleBasedStateMachine):
         )
 
 
-PoolMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=50)
 TestPoolMachine = PoolMachine.TestCase
 
 

@@ -62,7 +62,7 @@ def test_values_are_those_of_safetensors(stored):
         assert torch.equal(as_bytes(tensor), as_bytes(expected[name]))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(
         st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=3)),

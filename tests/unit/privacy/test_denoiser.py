@@ -47,7 +47,7 @@ def test_an_untrained_denoiser_changes_nothing():
     assert torch.allclose(whole(Denoiser(SHAPE, PURPOSE), (noisy, clean, noise)), noisy)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=LENGTH))
 def test_a_stream_gives_what_the_whole_text_gives(counts):
     """However the text is cut into pieces."""

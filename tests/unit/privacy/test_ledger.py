@@ -249,7 +249,7 @@ def test_reservations_without_sense_are_refused(ledger, most, least):
         ledger.account("acme", Unit.PROMPT, ONE).reserve(most, least=least)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(steps=st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), max_size=12))
 def test_the_ledger_never_passes_its_budget(tmp_path_factory, steps):
     """Whatever is reserved and settled, the charge is what was sent or held, within the budget."""

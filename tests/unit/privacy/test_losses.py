@@ -80,7 +80,7 @@ def test_losses_of_one_law_compose_exactly():
     assert compose([COIN, COIN.composed(4)]) == COIN.composed(5)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.floats(0.05, 5), st.integers(1, 200), st.floats(0.51, 0.8))
 def test_a_mixture_costs_more_than_its_parts(mu, trials, chance):
     """Different kinds together: above each alone, and order does not matter."""

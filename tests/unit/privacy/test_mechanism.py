@@ -142,7 +142,7 @@ def test_releases_are_unbiased(mechanism):
     assert ((released.double().mean(0) - row).abs() <= 5 * error).all()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.sampled_from(EVERY), st.floats(1e-3, 1e3))
 def test_every_release_is_scored(mechanism, size):
     """Likelihoods are finite float64 numbers, one for each candidate, for rows of any size."""

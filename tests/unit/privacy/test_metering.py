@@ -91,7 +91,7 @@ def test_a_refused_release_is_not_counted(ledger):
     assert charged(account) == 1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(
         st.tuples(st.integers(0, 12), st.integers(1, 6), st.integers(0, 2)), min_size=1, max_size=20

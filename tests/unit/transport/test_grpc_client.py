@@ -27,7 +27,7 @@ from fedsea.errors import (
     Unauthenticated,
     Unreachable,
 )
-from fedsea.transport import credentials
+from fedsea.transport import credentials, grpc_client
 from fedsea.transport.certificates import issue_client, issue_server
 from fedsea.transport.credentials import ClientTLS, Plaintext, ServerTLS
 from fedsea.transport.grpc_client import ClientOptions, GrpcChannel
@@ -284,8 +284,13 @@ async def test_a_cut_connection(proxy, client_tls, handler):
             assert await echo_over_a_new_stream(channel) == b"hello"
 
 
-async def test_a_server_that_comes_back(proxy, client_tls):
+async def test_a_server_that_comes_back(proxy, client_tls, monkeypatch):
     """After a failed attempt the next one is made at once, without waiting out a back-off."""
+    arguments = grpc_client._channel_arguments
+    backoff = [(f"grpc.{name}_reconnect_backoff_ms", 60_000) for name in ("initial", "min", "max")]
+    monkeypatch.setattr(
+        grpc_client, "_channel_arguments", lambda *given: arguments(*given) + backoff
+    )
     port = int(proxy.address.rsplit(":", 1)[1])
     async with GrpcChannel(proxy.address, client_tls) as channel:
         stream = await channel.open_stream()
@@ -296,7 +301,7 @@ async def test_a_server_that_comes_back(proxy, client_tls):
             with pytest.raises((ConnectionLost, Unreachable)):
                 await channel.describe()
         await proxy.start(port)
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(10):
             assert await channel.describe() == b"acme"
 
 

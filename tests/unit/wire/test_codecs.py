@@ -33,7 +33,7 @@ def test_row_bytes(codec, size):
 
 
 @pytest.mark.parametrize(("codec", "dtype"), FLOATS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(rows=matrices())
 def test_floats_come_back_as_rounded_once(codec, dtype, rows):
     """A float codec is exactly one conversion to its dtype, and a second trip changes nothing."""
@@ -44,7 +44,7 @@ def test_floats_come_back_as_rounded_once(codec, dtype, rows):
     assert encode(back, codec) == data
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(rows=matrices(magnitude=8e6))
 def test_int8_error_is_half_a_step(rows):
     """Every int8 value is within half a scale, and the scale is at most one fp16 step too large."""
@@ -185,7 +185,7 @@ def test_decode_refuses_overflow_of_the_wanted_dtype():
         decode(struct.pack("<f", 1e6), Codec.FP32, 1, 1, torch.float16)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.binary(max_size=64), codec=st.sampled_from(VALUE_CODECS), count=st.integers(0, 8))
 def test_any_bytes_are_finite_rows_or_refused(data, codec, count):
     """Whatever comes, decode gives finite rows of the asked shape or a remote error."""
@@ -208,7 +208,7 @@ def counted(draw):
     return chosen, torch.tensor(rows, dtype=torch.uint8).view(len(rows), width)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(drawn=counted())
 def test_counts_come_back_exactly(drawn):
     """Counts of any levels and width are read as they were drawn, and as the values they stand for."""

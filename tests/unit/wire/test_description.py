@@ -137,7 +137,7 @@ def test_size_is_checked_before_parsing(read):
 
 
 @pytest.mark.parametrize("read", [decode_description, decode_describe_request])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused(read, data):
     """Nothing but our own error comes out."""

@@ -56,21 +56,21 @@ def varint(value: int) -> bytes:
     return bytes(out) + bytes([value])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(event=client_events)
 def test_client_events_survive_the_trip(event):
     """decode(encode(event)) is the event."""
     assert decode_event(encode_event(event, DEFAULT_LIMITS), Role.CLIENT, DEFAULT_LIMITS) == event
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(event=server_events)
 def test_server_events_survive_the_trip(event):
     """decode(encode(event)) is the event."""
     assert decode_event(encode_event(event, DEFAULT_LIMITS), Role.SERVER, DEFAULT_LIMITS) == event
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     data=st.binary(max_size=200)
     | damaged((client_events | server_events).map(lambda e: encode_event(e, DEFAULT_LIMITS))),

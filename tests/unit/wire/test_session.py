@@ -169,7 +169,5 @@ def _view(side: Connection) -> object:
     return side.state, side.pending, {n: (side.length(n), side.capacity(n)) for n in side.sequences}
 
 
-Dialogue.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=25, deadline=None, derandomize=True
-)
+Dialogue.TestCase.settings = settings(max_examples=60, stateful_step_count=25, derandomize=True)
 TestDialogue = Dialogue.TestCase

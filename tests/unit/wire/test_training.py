@@ -503,7 +503,5 @@ def _view(side: Connection) -> object:
     return side.state, side.pending, side.forwards
 
 
-Training.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=25, deadline=None, derandomize=True
-)
+Training.TestCase.settings = settings(max_examples=60, stateful_step_count=25, derandomize=True)
 TestTraining = Training.TestCase

@@ -71,7 +71,7 @@ def test_values_leave_and_come_back(mode):
     assert substitution.restorer().restore(sent) == NOTE
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.one_of(FRAGMENTS, st.text(max_size=4)), max_size=12), st.sampled_from(MODES))
 def test_any_text_comes_back(fragments, mode):
     """restore(substitute(text)) is text, and so it stays for later texts of the session."""
@@ -82,7 +82,6 @@ def test_any_text_comes_back(fragments, mode):
         assert substitution.restorer().restore(sent) == text
 
 
-@settings(deadline=None)
 @given(st.text(max_size=60), st.data())
 def test_any_spans_come_back_in_any_pieces(text, data):
     """The same for spans anywhere, within words too, and answers cut anywhere."""
