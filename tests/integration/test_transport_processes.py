@@ -158,7 +158,7 @@ async def test_a_killed_server_and_its_successor(start, client_tls):
         process.kill()
         process.wait(10)
         with pytest.raises(ConnectionLost):
-            await asyncio.wait_for(waiting, 5)
+            await asyncio.wait_for(waiting, 2)
         with pytest.raises(Unreachable, match="is the server running"):
             await the_loss_is_noticed(channel)
         with pytest.raises(Unreachable, match="is the server running"):

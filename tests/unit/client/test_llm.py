@@ -206,9 +206,11 @@ def test_an_outage_that_is_too_long(make_split, wire):
     assert wire.holding.wait(10)
     wire.down = True
     wire.cut_at = wire.hold_at
+    began = time.monotonic()
     split.llm.background.run(_release(wire))
     with pytest.raises(Unreachable, match=r"no server answered within 0.3 s \(memory\)"):
-        pending.result(15)
+        pending.result(5)
+    assert time.monotonic() - began < 2
     with pytest.raises(Unreachable):
         split.llm.generate(PROMPT)
     wire.down = False
@@ -305,7 +307,7 @@ def test_closing_while_an_answer_is_under_way(split, wire):
     assert wire.holding.wait(10)
     began = time.monotonic()
     split.llm.close()
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 5
     with pytest.raises(RequestError, match="closed before the answer was complete"):
         list(stream)
     with pytest.raises(RequestError, match="closed before"):

@@ -37,8 +37,6 @@ HIDDEN = 48
 ROWS = RowFormat(Codec.FP32, HIDDEN)
 SPAN = Span(1, 4)
 UP, DOWN = Direction.UP, Direction.DOWN
-# Seconds; whoever waits as long as `BRIEF` allows takes twice as many.
-AT_ONCE = 5.0
 # Messages of `dialogue` without faults.
 MESSAGES = {UP: 20, DOWN: 15}
 
@@ -562,7 +560,7 @@ def test_a_place_that_does_not_come_is_given_up(serve_tiny, connected):
                 await trunks.open(service, patience=Patience(open=0.4))
             return time.monotonic() - began
 
-    assert run(work()) < AT_ONCE
+    assert run(work()) < 1.5
 
 
 def test_a_reservation_that_can_never_fit_is_refused_at_once(serve_tiny, connected):
@@ -575,7 +573,7 @@ def test_a_reservation_that_can_never_fit_is_refused_at_once(serve_tiny, connect
                 await trunks.open(service, reserve=100_000)
             return time.monotonic() - began
 
-    assert run(work()) < AT_ONCE
+    assert run(work()) < 1.0
 
 
 def test_nobody_at_any_address(serve_tiny, connected, wire):
@@ -589,7 +587,7 @@ def test_nobody_at_any_address(serve_tiny, connected, wire):
                 await trunks.open(service, service, patience=Patience(open=0.5))
             return time.monotonic() - began
 
-    assert run(work()) < AT_ONCE
+    assert run(work()) < 1.0
 
 
 def test_an_outage_and_its_end(serve_tiny, connected, wire, blocks):
@@ -606,7 +604,7 @@ def test_an_outage_and_its_end(serve_tiny, connected, wire, blocks):
             began = time.monotonic()
             with pytest.raises(Unreachable, match="resumed later"):
                 await trunk.append(0, rows(10, 1), Want.ALL)
-            assert time.monotonic() - began < AT_ONCE
+            assert time.monotonic() - began < 1.5
             with pytest.raises(Unreachable):
                 trunk.append(0, rows(1), Want.LAST)
             with pytest.raises(Unreachable):
@@ -670,10 +668,13 @@ def test_a_server_that_never_greets(serve_tiny, connected, wire):
 
     async def work():
         async with serve_tiny() as one, serve_tiny() as two, connected() as trunks:
-            trunk = await trunks.open(one, two, patience=Patience(open=4.0))
-            return trunk.address
+            began = time.monotonic()
+            trunk = await trunks.open(one, two, patience=Patience(open=2.0))
+            return trunk.address, time.monotonic() - began
 
-    assert run(work()) == "server-1"
+    address, seconds = run(work())
+    assert address == "server-1"
+    assert seconds < 1.9
 
 
 def test_a_refusal_for_good_ends_the_session(serve_tiny, connected, wire):
